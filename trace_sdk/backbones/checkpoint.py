@@ -1,0 +1,42 @@
+"""Weights on disk: safetensors only, pickles refused by what is in the file rather than by its name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from trace_sdk.errors import CheckpointError
+
+PICKLE_NAMES = {".pt", ".pth", ".ckpt", ".bin", ".pkl"}
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that starts with these bytes is a pickle, or a zip as `torch.save` writes it."""
+    return head.startswith(b"PK\x03\x04") or (len(head) > 1 and head[0] == 0x80 and head[1] <= 5)
+
+
+def refuse_pickle(folder: str | Path) -> None:
+    """Raise CheckpointError if `folder` is missing or its weights are pickled."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder of weights. Give the folder that holds config.json.")
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.suffix not in {*PICKLE_NAMES, ".safetensors"}:
+            continue
+        with file.open("rb") as stream:
+            head = stream.read(4)
+        if is_pickle(head) and (file.suffix == ".safetensors" or not any(folder.glob("*.safetensors"))):
+            raise CheckpointError(
+                f"{file} is a pickle, which can run any code when loaded. Convert it to safetensors "
+                "(diffusers: save_pretrained(..., safe_serialization=True)) and give that folder."
+            )
+
+
+def sha256_of_folder(folder: str | Path) -> str:
+    """sha256 over the safetensors files of a folder, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

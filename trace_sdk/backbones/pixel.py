@@ -1,0 +1,183 @@
+"""Our own backbone: a stock diffusers `FluxTransformer2DModel` on 8×8 pixel patches, so no VAE (DESIGN section 5).
+
+Flow matching with x-prediction: x_t = (1 − t)·x + t·ε, and the network answers x̂ directly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
+from trace_sdk.errors import ArgumentError, CheckpointError
+
+PATCH = 8
+CHANNELS = 3 * PATCH * PATCH
+SMALL = {"num_single_layers": 8, "num_attention_heads": 4}
+BASE = {"num_single_layers": 12, "num_attention_heads": 6}
+
+
+class PixelBackbone(nn.Module):
+    """A pixel-space denoiser seen as "image, timestep → attention".
+
+    Images are float [B, 3, H, W] in [−1, 1], RGB, H and W multiples of 8 from 64. Timesteps are t in [0, 1]:
+    0 is the image itself, 1 pure noise.
+    """
+
+    family = "pixel-flux"
+    multiple_of = PATCH
+    min_size = 64
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    @classmethod
+    def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:
+        """A backbone with random weights; adaLN projections start at zero, so each block starts as identity."""
+        model = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=CHANNELS,
+            num_layers=0,
+            num_single_layers=num_single_layers,
+            attention_head_dim=64,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 28, 28),
+        )
+        for block in model.single_transformer_blocks:
+            nn.init.zeros_(block.norm.linear.weight)
+            nn.init.zeros_(block.norm.linear.bias)
+        return cls(model)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PixelBackbone:
+        """Read a diffusers folder (config.json and safetensors).
+
+        Raises:
+            CheckpointError: the folder or a file is missing, corrupt, pickled, or holds another architecture.
+        """
+        folder = Path(folder)
+        config_file = folder / "config.json"
+        refuse_pickle(folder)
+        if not config_file.is_file():
+            raise CheckpointError(f"{folder} has no config.json. Give the folder that `trace-sdk pretrain -o` wrote.")
+        try:
+            config = json.loads(config_file.read_text())
+            name, channels = config["_class_name"], config["in_channels"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{config_file} is not a diffusers config: {error}.") from error
+        if name != "FluxTransformer2DModel" or channels != CHANNELS:
+            raise CheckpointError(
+                f"{folder} holds a {name} with {channels} input channels; a pixel backbone is a "
+                f"FluxTransformer2DModel with {CHANNELS}. Give a folder that `trace-sdk pretrain` wrote."
+            )
+        try:
+            model = FluxTransformer2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
+            raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
+        return cls(model.float().eval())
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""
+        from safetensors.torch import save
+
+        from trace_sdk.atomic import write_bytes, write_text
+
+        weights = {name: value.detach().half().cpu().contiguous() for name, value in self.transformer.state_dict().items()}
+        write_bytes(Path(folder) / "diffusion_pytorch_model.safetensors", save(weights, {"format": "pt"}))
+        write_text(Path(folder) / "config.json", self.transformer.to_json_string())
+
+    @staticmethod
+    def sha256(folder: str | Path) -> str:
+        """sha256 over the weight files of a folder, for engine metadata."""
+        return sha256_of_folder(folder)
+
+    @property
+    def self_attention_blocks(self) -> int:
+        """Number of self-attention calls in one forward pass."""
+        return int(self.transformer.config.num_single_layers)
+
+    @property
+    def heads(self) -> int:
+        """Heads in each block."""
+        return int(self.transformer.config.num_attention_heads)
+
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels → (H, W) in tokens."""
+        return size[0] // PATCH, size[1] // PATCH
+
+    def add_noise(self, images: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """x_t = (1 − t)·x + t·ε; t is a number or [B]. At t = 0 the answer is the image itself."""
+        if isinstance(t, Tensor):
+            t = t.view(-1, 1, 1, 1)
+        return (1 - t) * images + t * noise
+
+    def velocity(self, x_t: Tensor, prediction: Tensor, t: float) -> Tensor:
+        """dx_t/dt of the flow at t > 0, from the network's x̂: (x_t − x̂)/t."""
+        return (x_t - prediction) / max(t, 1e-3)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, on_attention: Callable[[SelfAttention], None] | None = None
+    ) -> Tensor:
+        """Denoise once: x_t [B, 3, H, W] and t (a number or [B]) → x̂ [B, 3, H, W].
+
+        Args:
+            on_attention: shown every self-attention call on the way; see `SelfAttentionTap`.
+
+        Raises:
+            ArgumentError: a side is not a multiple of 8 or below 64.
+        """
+        batch, _, height, width = x_t.shape
+        if not torch.compiler.is_exporting():
+            check_size(height, width)
+        grid = (height // PATCH, width // PATCH)
+        tokens = F.pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2)  # [B, N, 192]
+        inputs: dict[str, Any] = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": x_t.new_zeros(batch, 1, 64),
+            "pooled_projections": x_t.new_zeros(batch, 64),
+            "timestep": t if isinstance(t, Tensor) else x_t.new_full((batch,), t),
+            "img_ids": position_ids(grid, x_t),
+            "txt_ids": x_t.new_zeros(1, 3),
+            "return_dict": False,
+        }
+        if on_attention is None:
+            answer = self.transformer(**inputs)[0]
+        else:
+            # Joint attention, the one null text token first: [text, image].
+            with SelfAttentionTap(on_attention, lambda queries, keys: (slice(1, None), grid)):
+                answer = self.transformer(**inputs)[0]
+        return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """x̂ at t = 0 for the reconstruction term of the student's loss (paper 3.4)."""
+        answer: Tensor = self(images, 0.0)
+        return answer
+
+
+def position_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """Rotary position ids (0, row, column) of each token: [N, 3]."""
+    rows = torch.arange(grid[0], device=like.device, dtype=like.dtype)
+    columns = torch.arange(grid[1], device=like.device, dtype=like.dtype)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise ArgumentError unless both sides are multiples of 8 from 64."""
+    if height % PATCH or width % PATCH or min(height, width) < PixelBackbone.min_size:
+        raise ArgumentError(
+            f"The pixel backbone takes sides that are multiples of {PATCH} from {PixelBackbone.min_size}; "
+            f"got {height}×{width}. Pad or resize the image first."
+        )

@@ -1,0 +1,233 @@
+"""Pretraining a pixel backbone: flow matching with x-prediction on photos and composed scenes (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.pretraining.state import load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.pretraining.training_images import TrainingImages
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What defines a run; a resumed run may only change `steps` (how long) and `learning_rate`.
+
+    Attributes:
+        layers, heads: single-stream blocks, and heads of width 64 in each.
+        steps: optimizer steps in all; the last `decay` of them fall linearly to 0.
+        tokens: tokens a step; each step takes as many crops of its size as fit.
+        sizes: crop sides in pixels, taken in turn at random.
+        optimizer: "adamw", or "muon" (block matrices by Muon, the rest by AdamW).
+    """
+
+    layers: int = 12
+    heads: int = 6
+    steps: int = 4300
+    tokens: int = 256 * 1024
+    sizes: tuple[int, ...] = (256,)
+    optimizer: str = "adamw"
+    learning_rate: float = 7e-4
+    weight_decay: float = 0.01
+    warmup: int = 300
+    decay: float = 0.35
+    ema: float = 0.999
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ArgumentError naming the setting that is out of its range."""
+        if self.steps < 1:
+            raise ArgumentError(f"steps must be at least 1, got {self.steps}.")
+        if not self.sizes or any(size % 8 or size < 64 for size in self.sizes):
+            raise ArgumentError(f"Crop sizes must be multiples of 8 from 64, got {self.sizes}.")
+        if self.tokens < (max(self.sizes) // 8) ** 2:
+            raise ArgumentError(f"{self.tokens} tokens a step hold no crop of {max(self.sizes)} px; raise --tokens.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ArgumentError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
+
+
+Report = Callable[[int, float], None]
+
+
+def pretrain(
+    images: TrainingImages,
+    out: Path,
+    settings: PretrainSettings,
+    *,
+    start: Path | None = None,
+    device: str = "cpu",
+    save_every: int = 100,
+    report: Report = lambda step, loss: None,
+) -> PixelBackbone:
+    """Train until `settings.steps`, going on from `out` if a run was cut there.
+
+    Args:
+        images: what to train on; each step's batch depends on (seed, step) alone.
+        out: folder for the state (`state.safetensors`), the log (`log.jsonl`) and the EMA weights in diffusers'
+            own format.
+        start: folder of weights to start a new run from.
+        report: called after each step with the steps done and the loss.
+
+    Returns:
+        The backbone with averaged (EMA) weights.
+
+    Raises:
+        ArgumentError: a setting is out of range, or `out` holds a run of another shape.
+        CheckpointError: `start` or the state in `out` cannot be read.
+    """
+    settings.check()
+    trainer = _Trainer(settings, start, device)
+    state_file = out / "state.safetensors"
+    if state_file.is_file():
+        trainer.restore(state_file)
+    log: list[str] = []
+    with ThreadPoolExecutor(1) as loader:  # the next batch is composed while this one trains
+        upcoming = loader.submit(trainer.crops, images)
+        try:
+            while trainer.step < settings.steps:
+                batch = upcoming.result()
+                upcoming = loader.submit(trainer.crops, images, trainer.step + 1)
+                loss = trainer.train(batch)
+                log.append(json.dumps({"step": trainer.step, "loss": round(loss, 5), "size": batch.shape[-1]}))
+                report(trainer.step, loss)
+                if trainer.step % save_every == 0:
+                    trainer.save(state_file, log)
+        except KeyboardInterrupt:
+            trainer.save(state_file, log)
+            raise
+    trainer.save(state_file, log)
+    trainer.average.save(out)
+    return trainer.average
+
+
+class _Trainer:
+    """Model, its running average, optimizers and the step; all that a checkpoint must hold."""
+
+    def __init__(self, settings: PretrainSettings, start: Path | None, device: str) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.device, self.step = settings, torch.device(device), 0
+        if start is None:
+            model = PixelBackbone.create(num_single_layers=settings.layers, num_attention_heads=settings.heads)
+        else:
+            model = PixelBackbone.load(start)
+            if (model.self_attention_blocks, model.heads) != (settings.layers, settings.heads):
+                raise ArgumentError(
+                    f"{start} has {model.self_attention_blocks} layers of {model.heads} heads, the run was asked for "
+                    f"{settings.layers} of {settings.heads}; set --layers and --heads to match."
+                )
+        self.model = model.to(self.device).train()
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizers = _optimizers(self.model, settings)
+        self.denoise = torch.compile(self.model, dynamic=False)
+
+    def crops(self, images: TrainingImages, step: int | None = None) -> Tensor:
+        """The batch of a step: float [B, 3, S, S] in [−1, 1]."""
+        step = self.step if step is None else step
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
+        count = self.settings.tokens // (size // 8) ** 2
+        return torch.from_numpy(images.batch(step, count, size)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def train(self, batch: Tensor) -> float:
+        """One optimizer step; returns the loss."""
+        x = batch.to(self.device)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step + 1)
+        t = sample_timesteps(len(x), generator).to(self.device)
+        noise = torch.randn(x.shape, generator=generator).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            prediction = self.denoise(self.model.add_noise(x, noise, t), t)
+        loss = flow_matching_loss(prediction.float(), x, t)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.settings)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        with torch.no_grad():
+            # A short memory at first, or the average would stay at the first weights.
+            keep = min(self.settings.ema, (self.step + 1) / (self.step + 10))
+            for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(value, 1 - keep)
+        return loss.item()
+
+    def save(self, file: Path, log: list[str]) -> None:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
+        save_state(file, tensors, self.step, asdict(self.settings))
+        history = file.with_name("log.jsonl")
+        earlier = history.read_text().splitlines() if history.is_file() else []
+        kept = [line for line in earlier if json.loads(line)["step"] <= self.step - len(log)]
+        write_text(history, "".join(f"{line}\n" for line in kept + log))
+        log.clear()
+
+    def restore(self, file: Path) -> None:
+        tensors, step, settings = load_state(file)
+        fixed = ("layers", "heads", "optimizer", "seed")
+        for name in fixed:
+            if settings.get(name) != getattr(self.settings, name):
+                raise ArgumentError(
+                    f"{file} is of a run with {name}={settings.get(name)}, now {getattr(self.settings, name)} was asked for. "
+                    "Give the same value to go on, or another folder (-o) to start anew."
+                )
+        try:
+            self.model.load_state_dict(part(tensors, "model"))
+            self.average.load_state_dict(part(tensors, "average"))
+            for number, optimizer in enumerate(self.optimizers):
+                restore_optimizer(optimizer, f"optimizer{number}", tensors)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+        self.step = step
+
+
+def sample_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """t in (0, 1): logit-normal(−0.1, 1.1), 15 % uniform; [count]."""
+    t = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 - 0.1)
+    uniform = torch.rand(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.15, uniform, t)
+
+
+def flow_matching_loss(prediction: Tensor, images: Tensor, t: Tensor) -> Tensor:
+    """mean of (x̂ − x)²/max(t, 0.1)²: the velocity error, kept finite near t = 0."""
+    weight = t.clamp(min=0.1).reciprocal().view(-1, 1, 1, 1)
+    return ((prediction - images) * weight).square().mean()
+
+
+def learning_rate(step: int, settings: PretrainSettings) -> float:
+    """Linear warm-up, constant, then linear to 0 over the last `decay` of the steps."""
+    rise = min(1.0, (step + 1) / settings.warmup)
+    fall = min(1.0, (settings.steps - step) / max(1.0, settings.decay * settings.steps))
+    return settings.learning_rate * min(rise, fall)
+
+
+def _optimizers(model: PixelBackbone, settings: PretrainSettings) -> list[torch.optim.Optimizer]:
+    matrices, others = [], []
+    for name, value in model.named_parameters():
+        inside = "single_transformer_blocks" in name and value.ndim == 2 and ".norm." not in name
+        (matrices if settings.optimizer == "muon" and inside else others).append(value)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers

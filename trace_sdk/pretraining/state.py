@@ -1,0 +1,68 @@
+"""Training state on disk: named tensors in one safetensors file, with the step and the run's settings in its header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trace_sdk.atomic import write_bytes
+from trace_sdk.backbones.checkpoint import is_pickle
+from trace_sdk.errors import CheckpointError
+
+
+def save_state(file: Path, tensors: dict[str, Tensor], step: int, settings: dict[str, Any]) -> None:
+    """Write whole or not at all; a run that is killed goes on from the last file."""
+    header = {"step": str(step), "settings": json.dumps(settings)}
+    write_bytes(file, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header))
+
+
+def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """(tensors, step, settings) of a file that `save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is a pickle, cut short, or not ours.
+    """
+    with file.open("rb") as stream:
+        if is_pickle(stream.read(4)):
+            raise CheckpointError(f"{file} is a pickle, which can run any code when loaded; it was not opened.")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return tensors, int(header["step"]), json.loads(header["settings"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole training state ({error}). Remove it to start again, or give another folder."
+        ) from error
+
+
+def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's running averages as named tensors."""
+    return {
+        f"{prefix}.{index}.{name}": torch.as_tensor(value)
+        for index, slots in optimizer.state_dict()["state"].items()
+        for name, value in slots.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; learning rates stay as they are now."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{prefix}."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

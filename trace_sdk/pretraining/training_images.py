@@ -1,0 +1,87 @@
+"""Training images: photos as they are and composed scenes, each batch a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trace_sdk.errors import DatasetError
+from trace_sdk.pretraining.scenes import RGB, compose
+
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def list_photos(folders: list[Path]) -> list[Path]:
+    """All photos below the folders, sorted by name within each. Raises DatasetError if a folder has none."""
+    found: list[Path] = []
+    for folder in folders:
+        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES) if folder.is_dir() else []
+        if not photos:
+            raise DatasetError(
+                f"No photos in {folder}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} files."
+            )
+        found += photos
+    return found
+
+
+def random_crop(rng: np.random.Generator, photo: Image.Image, size: int) -> RGB:
+    """A square crop of 50–100 % of the short side, resized to `size`, mirrored half of the time: [S, S, 3]."""
+    short = min(photo.size)
+    side = max(1, round(short * rng.uniform(0.5, 1.0)))
+    left, top = rng.integers(0, photo.width - side + 1), rng.integers(0, photo.height - side + 1)
+    box = (int(left), int(top), int(left) + side, int(top) + side)
+    crop = np.asarray(photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
+
+
+def load_cutouts(folder: Path) -> list[Image.Image]:
+    """A folder of RGBA cut-outs, with straight alpha. Raises DatasetError if one has no transparency."""
+    return [open_cutout(file) for file in list_photos([folder])]
+
+
+def open_cutout(file: Path) -> Image.Image:
+    """One RGBA cut-out with straight alpha."""
+    try:
+        image = Image.open(file).convert("RGBA")
+    except OSError as error:
+        raise DatasetError(f"Cannot read the cut-out {file}: {error}. Remove it or replace it.") from error
+    if np.asarray(image.getchannel("A")).min() == 255:
+        raise DatasetError(f"The cut-out {file} has no transparent pixel. Give RGBA images cut along the outline.")
+    return image
+
+
+def open_photo(file: Path) -> Image.Image:
+    """One photo as RGB. Raises DatasetError with the file's name if it cannot be read."""
+    try:
+        return Image.open(file).convert("RGB")
+    except OSError as error:
+        raise DatasetError(f"Cannot read the photo {file}: {error}. Remove it or replace it.") from error
+
+
+class TrainingImages:
+    """Half composed scenes, half photos as they are; every batch is a function of (seed, step) alone.
+
+    Args:
+        photos: folders of photos.
+        cutouts: folder of RGBA cut-outs, or None for photos only.
+        backgrounds: folder of photos behind the cut-outs; None takes `photos`.
+    """
+
+    def __init__(self, photos: list[Path], cutouts: Path | None, backgrounds: Path | None, seed: int) -> None:
+        self._photos = list_photos(photos)
+        self._cutouts = load_cutouts(cutouts) if cutouts else []
+        self._backgrounds = list_photos([backgrounds]) if backgrounds else self._photos
+        self._seed = seed
+
+    def batch(self, step: int, count: int, size: int) -> RGB:
+        """uint8 [count, size, size, 3] for this step, the same whenever asked."""
+        rng = np.random.default_rng([self._seed, step])
+        return np.stack([self._one(rng, size) for _ in range(count)])
+
+    def _one(self, rng: np.random.Generator, size: int) -> RGB:
+        if self._cutouts and rng.random() < 0.5:
+            file = self._backgrounds[rng.integers(len(self._backgrounds))]
+            return compose(rng, self._cutouts, random_crop(rng, open_photo(file), size)).rgb
+        return random_crop(rng, open_photo(self._photos[rng.integers(len(self._photos))]), size)

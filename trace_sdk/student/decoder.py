@@ -1,0 +1,52 @@
+"""The edge decoder G_φ (paper 3.4): per-head divergence at t = 0 and a shallow image stem → edge logits.
+
+The features say where instances part, on the 8 px token grid; the stem, two convolutions deep at each scale,
+says exactly where the picture changes, so that edges are crisp at input resolution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EdgeDecoder(nn.Module):
+    """Features [B, C, H/8, W/8] and image [B, 3, H, W] in [−1, 1] → edge logits [B, H, W].
+
+    No layer takes statistics over the image, so a tile's answer depends only on what lies near it.
+    """
+
+    def __init__(self, channels: int, width: int = 48) -> None:
+        super().__init__()
+        self.standardise = nn.BatchNorm2d(channels)
+        self.tokens = nn.Sequential(nn.Conv2d(channels, width, 1), nn.SiLU(), _conv(width, width), _conv(width, width))
+        self.stem1 = _conv(3, 12)
+        self.stem2 = _conv(12, 20, stride=2)
+        self.stem4 = _conv(20, 32, stride=2)
+        self.join4 = _conv(width + 32, 32)
+        self.join2 = _conv(32 + 20, 20)
+        self.join1 = _conv(20 + 12, 12)
+        self.logits = nn.Conv2d(12, 1, 1)
+
+    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+        full = self.stem1(images)
+        half = self.stem2(full)
+        quarter = self.stem4(half)
+        x = self.tokens(self.standardise(features))
+        x = self.join4(torch.cat([_double(x), quarter], 1))
+        x = self.join2(torch.cat([_double(x), half], 1))
+        x = self.join1(torch.cat([_double(x), full], 1))
+        logits: Tensor = self.logits(x).squeeze(1)
+        return logits
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, padding_mode="replicate" if stride == 1 else "zeros"),
+        nn.SiLU(),
+    )
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -1,0 +1,177 @@
+"""One-step distillation (paper 3.4): LoRA on the backbone and the decoder, trained together on ternary labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.pretraining.state import load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.student.labelled_images import LabelledImages
+from trace_sdk.student.losses import dice_loss, reconstruction_loss
+from trace_sdk.student.model import Student
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What defines a distillation; a resumed run may only change `steps` and `learning_rate`.
+
+    Attributes:
+        steps: optimizer steps in all.
+        lora_from: share of the steps after which LoRA joins; before it only the decoder learns, from a backbone
+            that needs no backward pass.
+        lora_rank: 0 leaves the backbone as it is.
+        tokens: tokens a step; each step takes as many crops of its size as fit.
+        sizes: crop sides in pixels, taken in turn at random.
+        reconstruction: weight of ‖I − Î‖².
+    """
+
+    steps: int = 1500
+    lora_from: float = 0.5
+    lora_rank: int = 64
+    tokens: int = 16 * 1024
+    sizes: tuple[int, ...] = (192, 256, 320)
+    learning_rate: float = 2e-3
+    lora_learning_rate: float = 2e-4
+    reconstruction: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ArgumentError naming the setting that is out of its range."""
+        if self.steps < 1 or self.lora_rank < 0 or not 0 <= self.lora_from <= 1:
+            raise ArgumentError(
+                f"steps must be ≥ 1, LoRA rank ≥ 0 and lora_from in [0, 1]; got {self.steps}, {self.lora_rank}, {self.lora_from}."
+            )
+        if not self.sizes or any(size % 8 or size < 64 for size in self.sizes):
+            raise ArgumentError(f"Crop sizes must be multiples of 8 from 64, got {self.sizes}.")
+        if self.tokens < (max(self.sizes) // 8) ** 2:
+            raise ArgumentError(f"{self.tokens} tokens a step hold no crop of {max(self.sizes)} px; raise --tokens.")
+
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+def distill(
+    backbone: PixelBackbone,
+    images: LabelledImages,
+    out: Path,
+    settings: DistillSettings,
+    *,
+    device: str = "cpu",
+    save_every: int = 50,
+    report: Report = lambda step, losses: None,
+) -> Student:
+    """Train until `settings.steps`, going on from `out` if a run was cut there.
+
+    Args:
+        backbone: the teacher's backbone.
+        images: photos with labels; each step's batch depends on (seed, step) alone.
+        out: folder for the state, the log and the finished student.
+        report: called after each step with the steps done and the loss terms.
+
+    Returns:
+        The student with LoRA merged, as written to `out`.
+
+    Raises:
+        ArgumentError: a setting is out of range, or `out` holds a run of another shape.
+        CheckpointError: the state in `out` cannot be read.
+    """
+    settings.check()
+    trainer = _Trainer(backbone, settings, device)
+    state_file = out / "state.safetensors"
+    if state_file.is_file():
+        trainer.restore(state_file)
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(trainer.crops, images, trainer.step)
+        try:
+            while trainer.step < settings.steps:
+                batch = upcoming.result()
+                upcoming = loader.submit(trainer.crops, images, trainer.step + 1)
+                losses = trainer.train(*batch)
+                report(trainer.step, losses)
+                if trainer.step % save_every == 0:
+                    trainer.save(state_file)
+        except KeyboardInterrupt:
+            trainer.save(state_file)
+            raise
+    trainer.save(state_file)
+    student = trainer.student
+    student.merge_lora()
+    student.save(out, {"distilled_steps": trainer.step, "settings": asdict(settings)})
+    return student.eval()
+
+
+class _Trainer:
+    """Student, optimizer and step; all that a checkpoint must hold."""
+
+    def __init__(self, backbone: PixelBackbone, settings: DistillSettings, device: str) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.device, self.step = settings, torch.device(device), 0
+        self.student = Student(backbone)
+        self.student.add_lora(settings.lora_rank)
+        self.student.to(self.device)
+        self.lora = [value for value in self.student.backbone.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.student.decoder.parameters()), "weight_decay": 1e-2},
+                {"params": self.lora, "weight_decay": 0.0},
+            ]
+        )
+
+    def crops(self, images: LabelledImages, step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
+        return images.batch(step, self.settings.tokens // (size // 8) ** 2, size)
+
+    def train(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        images, labels = images.to(self.device), labels.to(self.device)
+        joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
+        self.student.train()
+        with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
+            features, reconstruction = self.student.features(images)
+        logits = self.student.decoder(features, images)
+        dice = dice_loss(logits, labels)
+        rebuilt = reconstruction_loss(reconstruction, images)
+        loss = dice + self.settings.reconstruction * rebuilt if joint else dice
+        loss.backward()  # type: ignore[no-untyped-call]
+        decay = min(1.0, 2 * (1 - self.step / self.settings.steps)) * min(1.0, (self.step + 1) / 50)
+        for group, rate in zip(
+            self.optimizer.param_groups,
+            (self.settings.learning_rate, self.settings.lora_learning_rate),
+            strict=True,
+        ):
+            group["lr"] = rate * decay
+        nn.utils.clip_grad_norm_([v for v in self.student.parameters() if v.grad is not None], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"dice": dice.item(), "reconstruction": rebuilt.item()}
+
+    def save(self, file: Path) -> None:
+        tensors = {f"decoder.{name}": value for name, value in self.student.decoder.state_dict().items()}
+        tensors |= {f"lora.{index}": value for index, value in enumerate(self.lora)}
+        save_state(file, tensors | optimizer_tensors(self.optimizer, "optimizer"), self.step, asdict(self.settings))
+
+    def restore(self, file: Path) -> None:
+        tensors, step, settings = load_state(file)
+        for name in ("lora_rank", "seed"):
+            if settings.get(name) != getattr(self.settings, name):
+                raise ArgumentError(
+                    f"{file} is of a run with {name}={settings.get(name)}, now {getattr(self.settings, name)} was asked for. "
+                    "Give the same value to go on, or another folder (-o) to start anew."
+                )
+        try:
+            self.student.decoder.load_state_dict(part(tensors, "decoder"))
+            with torch.no_grad():
+                for index, value in enumerate(self.lora):
+                    value.copy_(tensors[f"lora.{index}"])
+            restore_optimizer(self.optimizer, "optimizer", tensors)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+        self.step = step

@@ -1,0 +1,29 @@
+"""The student's loss (paper 3.4): L = ‖I − Î‖² + Dice(E, Ê) on certain pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 − 2·Σ e·ê / (Σ e² + Σ ê²) over the certain pixels of the batch.
+
+    Args:
+        logits: [B, H, W].
+        labels: int [B, H, W], 1 edge, 0 interior, −1 uncertain: those take no part.
+
+    Returns:
+        Scalar in [0, 1]; 0 for a batch without certain pixels.
+    """
+    certain = (labels != UNCERTAIN).float()
+    edge = (labels == EDGE).float()
+    probability = logits.float().sigmoid() * certain
+    overlap = (probability * edge).sum()
+    return 1 - (2 * overlap + 1) / (edge.square().sum() + probability.square().sum() + 1)
+
+
+def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """‖I − Î‖², mean over pixels; images in [−1, 1]."""
+    return (reconstruction.float() - images.float()).square().mean()

@@ -1,0 +1,88 @@
+"""The student: backbone, tap and decoder in one pass at t = 0. No IEP, no ABDiv, no N×N map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.errors import CheckpointError
+from trace_sdk.student.decoder import EdgeDecoder
+from trace_sdk.teacher.boundary import per_head_divergence
+
+LORA_TARGETS = ["to_q", "to_k", "to_v"]
+
+
+class Student(nn.Module):
+    """Images float [B, 3, H, W] in [−1, 1], sides multiples of 8 from 64 → edge logits [B, H, W] and Î.
+
+    Args:
+        backbone: the denoiser whose attention is read.
+        decoder: None makes a new one for the backbone's heads and blocks.
+        threshold: probability above which a pixel counts as edge, calibrated by `distill`.
+    """
+
+    def __init__(self, backbone: PixelBackbone, decoder: EdgeDecoder | None = None, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder or EdgeDecoder(2 * backbone.heads * backbone.self_attention_blocks)
+        self.threshold = threshold
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, reconstruction = self.features(images)
+        return self.decoder(features, images), reconstruction
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """log1p of each head's symmetric divergence between opposite neighbours: [B, 2·heads·blocks, H/8, W/8]; and Î."""
+        maps: list[Tensor] = []
+
+        def add(attention: SelfAttention) -> None:
+            # Rounding can bring a divergence a hair below 0, where log1p' would grow without need.
+            maps.append(per_head_divergence(attention, symmetric=True).float().clamp_min(0).log1p())
+
+        reconstruction = self.backbone(images, 0.0, add)
+        return torch.cat(maps, 1), reconstruction
+
+    def add_lora(self, rank: int) -> None:
+        """Freeze the backbone and put LoRA on its query, key and value projections."""
+        from peft import LoraConfig, get_peft_model
+
+        self.backbone.requires_grad_(False)
+        if rank:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+            self.backbone.transformer = get_peft_model(self.backbone.transformer, config)
+
+    def merge_lora(self) -> None:
+        """Fold LoRA into the backbone's own weights."""
+        if hasattr(self.backbone.transformer, "merge_and_unload"):
+            self.backbone.transformer = self.backbone.transformer.merge_and_unload()
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write `backbone/`, `decoder.safetensors` and `student.json`; LoRA must be merged."""
+        self.backbone.save(folder / "backbone")
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.decoder.state_dict().items()}
+        write_bytes(folder / "decoder.safetensors", save(weights))
+        write_text(folder / "student.json", json.dumps({"threshold": self.threshold, **about}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Student:
+        """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
+        folder = Path(folder)
+        backbone = PixelBackbone.load(folder / "backbone")
+        try:
+            about = json.loads((folder / "student.json").read_text())
+            student = cls(backbone, threshold=float(about["threshold"]))
+            student.decoder.load_state_dict(load((folder / "decoder.safetensors").read_bytes()))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder} is not a whole student: {error}. Give the folder that `trace-sdk distill -o` wrote."
+            ) from error
+        return student.eval()

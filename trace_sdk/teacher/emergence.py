@@ -1,0 +1,87 @@
+"""Instance Emergence Point (paper 3.2): the timestep at which self-attention changes most, by KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import ArgumentError
+from trace_sdk.teacher.boundary import row_kl
+
+INVERSION_STEP = 0.025
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """Where along the noising instances emerge.
+
+    Attributes:
+        timesteps: t of each point of the curve, ascending, in [0, 1]; the schedule without its first step.
+        kl: KL(SA(X_t_prev) ‖ SA(X_t)) in nats, mean over rows, at each of `timesteps`.
+        t_star: the timestep of the largest KL within the search window.
+    """
+
+    timesteps: tuple[float, ...]
+    kl: tuple[float, ...]
+    t_star: float
+
+
+def schedule(stride: int = 100, steps: int = 1000) -> tuple[float, ...]:
+    """τ₀ < … < τ_n over `steps` training steps, as t in [0, 1): stride 100 gives 0, .1, …, .9."""
+    if not 1 <= stride < steps:
+        raise ArgumentError(f"The stride must be from 1 to {steps - 1} of {steps} steps, got {stride}.")
+    return tuple(step / steps for step in range(0, steps, stride))
+
+
+def temporal_kl(previous: Tensor, current: Tensor) -> Tensor:
+    """KL(SA(X_t_prev) ‖ SA(X_t)), mean over rows: two log-maps [B, N, N] → [B], in nats."""
+    return row_kl(previous, current).mean(-1)
+
+
+def emergence_point(timesteps: tuple[float, ...], kl: tuple[float, ...], window: tuple[float, float]) -> Emergence:
+    """t* = argmax over the search window of the KL curve.
+
+    The window keeps small backbones, whose KL rises again towards pure noise, from choosing that end.
+
+    Raises:
+        ArgumentError: no timestep lies in the window.
+    """
+    inside = [index for index, t in enumerate(timesteps) if window[0] <= t <= window[1]]
+    if not inside:
+        raise ArgumentError(f"No timestep of {timesteps} lies in the search window {window}; widen it.")
+    best = max(inside, key=lambda index: kl[index])
+    return Emergence(timesteps, kl, timesteps[best])
+
+
+def forward_noising(
+    backbone: PixelBackbone, images: Tensor, timesteps: tuple[float, ...], noise: Tensor
+) -> Iterator[tuple[float, Tensor]]:
+    """(t, X_t) along the schedule with one fixed ε for all steps."""
+    for t in timesteps:
+        yield t, backbone.add_noise(images, noise, t)
+
+
+def inversion(
+    backbone: PixelBackbone, images: Tensor, timesteps: tuple[float, ...], noise: Tensor
+) -> Iterator[tuple[float, Tensor]]:
+    """(t, X_t) along the model's own flow from the image towards noise, by Euler steps (the paper's "inversion").
+
+    The flow's velocity (X_t − x̂)/t has no value at t = 0; the first short step takes ε from `noise`.
+    """
+    t, x_t = 0.0, images
+    for target in timesteps:
+        while t < target - 1e-9:
+            after = min(t + INVERSION_STEP, target)
+            if t == 0:
+                x_t = backbone.add_noise(images, noise, after)
+            else:
+                x_t = x_t + (after - t) * backbone.velocity(x_t, backbone(x_t, t), t)
+            t = after
+        yield target, x_t
+
+
+TRAJECTORIES = {"noising": forward_noising, "inversion": inversion}

@@ -1,0 +1,36 @@
+"""Ternary pseudo-labels (paper 3.4): edge above μ+σ, interior below μ−σ, else uncertain."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+EDGE, INTERIOR, UNCERTAIN = 1, 0, -1
+SMALLEST_INTERIOR = 0.05
+RANK_OF_MINUS_SIGMA = 0.158655  # share of a normal distribution below μ−σ
+
+
+def ternary_labels(abdiv: NDArray[np.float32]) -> tuple[NDArray[np.int8], str]:
+    """Label each token of one image from its ABDiv.
+
+    ABDiv is skewed to the right, so μ−σ may lie below nearly all tokens. Where it leaves less than 5 % of them
+    as interior, the quantile of the same rank (15.9 %) takes its place.
+
+    Args:
+        abdiv: float [H, W], ≥ 0.
+
+    Returns:
+        int8 [H, W] of 1 (edge), 0 (interior), −1 (uncertain), and the rule for the interior: "mu-sigma",
+        "quantile", or "flat" for a map without any contrast, where every token is uncertain.
+    """
+    labels = np.full(abdiv.shape, UNCERTAIN, np.int8)
+    values = abdiv.astype(np.float64)
+    mean, deviation = float(values.mean()), float(values.std())
+    if deviation <= 1e-9 * max(1.0, abs(mean)):
+        return labels, "flat"
+    labels[values > mean + deviation] = EDGE
+    interior, rule = values < mean - deviation, "mu-sigma"
+    if interior.mean() < SMALLEST_INTERIOR:
+        interior, rule = values <= np.quantile(values, RANK_OF_MINUS_SIGMA), "quantile"
+    labels[interior & (labels != EDGE)] = INTERIOR
+    return labels, rule

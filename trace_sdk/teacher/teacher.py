@@ -1,0 +1,187 @@
+"""The teacher: one image → IEP, ABDiv, ternary labels, with no annotation and no training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.errors import ArgumentError
+from trace_sdk.teacher.attention import AttentionAverage
+from trace_sdk.teacher.boundary import NEIGHBOURHOODS, abdiv, abdiv_per_head
+from trace_sdk.teacher.emergence import (
+    TRAJECTORIES,
+    Emergence,
+    emergence_point,
+    schedule,
+    temporal_kl,
+)
+from trace_sdk.teacher.pseudo_labels import ternary_labels
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """How the teacher reads a backbone.
+
+    Attributes:
+        size: longest side in pixels at which the image is shown, both scaled up and down; sides become
+            multiples of 8, from 64.
+        timesteps: fixed timesteps in [0, 1) whose ABDiv maps are averaged, each divided by its mean;
+            None finds t* by the Instance Emergence Point.
+        stride: of the IEP schedule, in thousandths.
+        window: (lowest, highest) t that t* may take.
+        trajectory: "noising" (one fixed ε) or "inversion" (the model's own flow).
+        form: "mean" for the paper's divergence of the head-averaged map, "per-head" for the mean of each head's
+            own divergence, which needs no N×N map.
+        neighbourhood: 4 or 8; "per-head" has 4 only.
+        blocks: self-attention blocks to average, None for all.
+        mirror: average with the mirrored image's map.
+        seed: of the noise ε.
+    """
+
+    size: int = 512
+    timesteps: tuple[float, ...] | None = None
+    stride: int = 100
+    window: tuple[float, float] = (0.1, 0.6)
+    trajectory: str = "noising"
+    form: str = "mean"
+    neighbourhood: int = 4
+    blocks: tuple[int, ...] | None = None
+    mirror: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ArgumentError naming the setting that is out of its range."""
+        if self.size < PixelBackbone.min_size:
+            raise ArgumentError(f"size must be at least {PixelBackbone.min_size} px, got {self.size}.")
+        if self.timesteps is not None and not (self.timesteps and all(0 <= t < 1 for t in self.timesteps)):
+            raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
+        if self.trajectory not in TRAJECTORIES:
+            raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
+        if self.form not in ("mean", "per-head"):
+            raise ArgumentError(f"form must be 'mean' or 'per-head', got {self.form!r}.")
+        if self.neighbourhood not in NEIGHBOURHOODS or (self.form == "per-head" and self.neighbourhood != 4):
+            raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with 'per-head'), got {self.neighbourhood}.")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What the teacher says about one image; H×W is the token grid.
+
+    Attributes:
+        abdiv: float32 [H, W], ≥ 0: nats with one timestep, relative to each map's mean with several.
+        labels: int8 [H, W]: 1 edge, 0 interior, −1 uncertain.
+        rule: how the interior was found: "mu-sigma", "quantile" or "flat".
+        timesteps: the timesteps whose ABDiv this is; one, t*, unless they were fixed.
+        emergence: the KL curve and t*, None with fixed timesteps.
+        seconds: time by stage.
+    """
+
+    abdiv: NDArray[np.float32]
+    labels: NDArray[np.int8]
+    rule: str
+    timesteps: tuple[float, ...]
+    emergence: Emergence | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Teacher:
+    """Reads instance edges from a frozen backbone's self-attention.
+
+    Args:
+        backbone: used as it is, in evaluation mode, on the device where its weights are.
+        settings: see `TeacherSettings`.
+    """
+
+    def __init__(self, backbone: PixelBackbone, settings: TeacherSettings | None = None) -> None:
+        self.backbone = backbone.eval()
+        self.settings = settings or TeacherSettings()
+        self.settings.check()
+
+    @torch.inference_mode()
+    def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
+        """Edges of one image, uint8 [H, W, 3] RGB. The same image and seed give the same answer."""
+        begin = time.perf_counter()
+        images = self.prepare(rgb)
+        noise = self.noise_like(images)
+        emergence = None
+        if self.settings.timesteps is None:
+            emergence = self.emergence(images, noise)
+            timesteps: tuple[float, ...] = (emergence.t_star,)
+        else:
+            timesteps = self.settings.timesteps
+        found = time.perf_counter()
+        total = self.divergence(images, noise, timesteps)
+        if self.settings.mirror:
+            total = (total + self.divergence(images.flip(-1), noise, timesteps).flip(-1)) / 2
+        divergence = total[0].cpu().numpy().astype(np.float32)
+        labels, rule = ternary_labels(divergence)
+        seconds = {"iep": found - begin, "abdiv": time.perf_counter() - found}
+        return Annotation(divergence, labels, rule, timesteps, emergence, seconds)
+
+    def prepare(self, rgb: NDArray[np.uint8]) -> Tensor:
+        """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, sides multiples of 8."""
+        multiple, least = self.backbone.multiple_of, self.backbone.min_size
+        scale = self.settings.size / max(rgb.shape[:2])
+        height, width = (max(least, round(side * scale / multiple) * multiple) for side in rgb.shape[:2])
+        resized = np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+        device = next(self.backbone.parameters()).device
+        return torch.from_numpy(resized).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+    def noise_like(self, images: Tensor) -> Tensor:
+        """The fixed ε of an image's trajectory; drawn on the CPU so that every device sees the same."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        return torch.randn(images.shape, generator=generator).to(images.device)
+
+    def trajectory(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> list[tuple[float, Tensor]]:
+        """(t, X_t) for each timestep."""
+        return list(TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise))
+
+    def attention(self, x_t: Tensor, t: float) -> Tensor:
+        """log SA(X_t), mean over heads and blocks: [B, N, N]."""
+        blocks = set(self.settings.blocks) if self.settings.blocks is not None else None
+        average = AttentionAverage(self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1])), blocks)
+        self.backbone(x_t, t, average.add)
+        return average.log_mean()
+
+    def emergence(self, images: Tensor, noise: Tensor) -> Emergence:
+        """The KL curve over the schedule and t*; two maps are held at a time."""
+        timesteps = schedule(self.settings.stride)
+        kl: list[float] = []
+        previous: Tensor | None = None
+        for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise):
+            current = self.attention(x_t, t)
+            if previous is not None:
+                kl.append(float(temporal_kl(previous, current).mean()))
+            previous = current
+        return emergence_point(timesteps[1:], tuple(kl), self.settings.window)
+
+    def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+        """ABDiv at one timestep in nats, or the mean of several maps each divided by its mean: [B, H, W]."""
+        maps = [self._abdiv_at(x_t, t) for t, x_t in self.trajectory(images, noise, timesteps)]
+        if len(maps) == 1:
+            return maps[0]
+        return torch.stack([m / m.mean((-2, -1), keepdim=True).clamp_min(1e-12) for m in maps]).mean(0)
+
+    def _abdiv_at(self, x_t: Tensor, t: float) -> Tensor:
+        if self.settings.form == "mean":
+            grid = self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1]))
+            return abdiv(self.attention(x_t, t), grid, self.settings.neighbourhood)
+        maps: list[Tensor] = []
+        self.backbone(x_t, t, self._per_head_into(maps))
+        return torch.stack(maps).mean(0)
+
+    def _per_head_into(self, maps: list[Tensor]) -> Callable[[SelfAttention], None]:
+        def add(attention: SelfAttention) -> None:
+            if self.settings.blocks is None or attention.block in self.settings.blocks:
+                maps.append(abdiv_per_head(attention))
+
+        return add
