@@ -1,0 +1,57 @@
+"""The `trace-sdk` command. Each verb lives in its own module and is imported only when it is run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from trace_sdk import __version__
+from trace_sdk.cli.console import report_errors
+
+# One line a verb, kept here so that `trace-sdk --help` imports none of them.
+_VERBS = {
+    "detect": "Find the instance edges of photos with an engine; no torch needed.",
+    "info": "Show what an engine says about itself, and the device it would run on.",
+    "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
+    "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
+    "distill": "Train the one-step student on a backbone and the teacher's labels.",
+    "export": "Turn a student into one engine file and check its answers against torch.",
+    "evaluate": "Measure engines and baselines against human annotations, in one table.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        command = import_module(f"trace_sdk.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        with report_errors():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trace-sdk")
+def main() -> None:
+    """Instance edges without annotations, from the self-attention of diffusion models.
+
+    \b
+    Edges for your own photos, with the engine that comes with the package:
+      trace-sdk detect street.jpg -o edges/
+    \b
+    An engine of your own, stage by stage (pip install 'trace-sdk[train]'):
+      pretrain → label → distill → export → evaluate
+
+    Each command explains itself: trace-sdk detect --help
+    """

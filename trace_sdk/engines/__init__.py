@@ -1,0 +1,129 @@
+"""Engines: one file each, behind one protocol, checked before they run."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trace_sdk.backbones.checkpoint import PICKLE_NAMES, is_pickle
+from trace_sdk.engines.manifest import Manifest
+from trace_sdk.errors import EngineError
+
+BUNDLED = ("trace-small",)
+DEFAULT = "trace-small"
+
+
+class Engine(Protocol):
+    """A network that turns pictures into edge probabilities.
+
+    Attributes:
+        manifest: what the engine says about itself.
+        sha256: of the engine file, hexadecimal.
+        device: where it runs, "cpu" or "cuda:0".
+        device_reason: why it runs there.
+        provider: the runtime's own name for that.
+    """
+
+    manifest: Manifest
+    sha256: str
+    device: str
+    device_reason: str
+    provider: str
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Edge probability of RGB pictures: uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1].
+
+        H and W are multiples of `manifest.multiple_of`, at least `min_size` and at most `max_size`.
+
+        Raises:
+            EngineError: the network failed, or its answer has a wrong shape, NaN or leaves [0, 1].
+        """
+        ...
+
+
+def open_engine(engine: str | os.PathLike[str] | None = None, device: str = "auto") -> Engine:
+    """Open an engine file, or one that comes with the package, on a device.
+
+    Args:
+        engine: path of an `.onnx` file, a bundled name, or None for "trace-small".
+        device: "cpu", "cuda", "cuda:N" or "auto" (CUDA where it works, else CPU).
+
+    Raises:
+        EngineError: missing, corrupt, pickled, foreign, or a student that is not exported yet.
+        DeviceError: the device is not there.
+        ArgumentError: no such device name.
+    """
+    model, source = read_engine(engine)
+    from trace_sdk.engines.onnx import OnnxEngine
+
+    opened = OnnxEngine(model, source, device)
+    if source in BUNDLED and opened.manifest.name != source:
+        raise EngineError(
+            f"The file of the bundled engine {source} holds {opened.manifest.name}. Install trace-sdk again."
+        )
+    return opened
+
+
+def read_engine(engine: str | os.PathLike[str] | None = None) -> tuple[bytes, str]:
+    """The bytes of an engine file, not verified yet, and the name to call it by in messages.
+
+    Raises:
+        EngineError: missing, unreadable, a pickle, or a student that is not exported yet.
+    """
+    name = os.fspath(engine) if engine is not None else DEFAULT
+    if name in BUNDLED:
+        return _read_bundled(name), name
+    path = Path(name)
+    if path.is_dir():
+        raise EngineError(
+            f"{path} is a folder. Make an engine of a student: trace-sdk export {path} -o engine.onnx"
+        )
+    if not path.exists():
+        raise EngineError(_missing(name))
+    if not path.is_file():
+        raise EngineError(f"{path} is not a regular file. Give the path of an .onnx engine.")
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"{path}: {error.strerror}. Check its permissions.") from error
+    _refuse_foreign(model[:16], path)
+    return model, str(path)
+
+
+def _read_bundled(name: str) -> bytes:
+    resource = files("trace_sdk.engines.bundled") / f"{name}.onnx"
+    try:
+        return resource.read_bytes()
+    except OSError as error:
+        raise EngineError(
+            f"The bundled engine {name} is not in this installation ({error.strerror}). Install trace-sdk "
+            "again, or give the path of an .onnx engine."
+        ) from error
+
+
+def _missing(name: str) -> str:
+    bundled = f"Bundled engines: {', '.join(BUNDLED)}."
+    if Path(name).suffix or os.sep in name:
+        return f"{name}: no such engine file. Check the path, or use a bundled engine by name. {bundled}"
+    near = difflib.get_close_matches(name, BUNDLED, n=1)
+    return f"No engine is called {name!r}.{f' Did you mean {near[0]!r}?' if near else ''} {bundled}"
+
+
+def _refuse_foreign(head: bytes, path: Path) -> None:
+    if not head:
+        raise EngineError(f"{path}: is empty (0 bytes). Download or export the engine again.")
+    if path.suffix in PICKLE_NAMES or is_pickle(head):
+        raise EngineError(
+            f"{path}: is a pickled checkpoint, which can run any code when loaded, so it is refused. "
+            "Give an .onnx engine; make one of a student folder with `trace-sdk export`."
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        raise EngineError(
+            f"{path}: holds weights without a graph. Run `trace-sdk export` on its student folder first."
+        )

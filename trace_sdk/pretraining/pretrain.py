@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.pretraining.state import STATE, load_state, optimizer_tensors, part, restore_optimizer, save_state
 from trace_sdk.pretraining.training_images import TrainingImages
 
 
@@ -65,8 +66,8 @@ def pretrain(
     settings: PretrainSettings,
     *,
     start: Path | None = None,
-    device: str = "cpu",
-    save_every: int = 100,
+    device: torch.device | str = "cpu",
+    save_seconds: float = 120,
     report: Report = lambda step, loss: None,
 ) -> PixelBackbone:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
@@ -76,6 +77,7 @@ def pretrain(
         out: folder for the state (`state.safetensors`), the log (`log.jsonl`) and the EMA weights in diffusers'
             own format.
         start: folder of weights to start a new run from.
+        save_seconds: how often the state is saved.
         report: called after each step with the steps done and the loss.
 
     Returns:
@@ -87,12 +89,13 @@ def pretrain(
     """
     settings.check()
     trainer = _Trainer(settings, start, device)
-    state_file = out / "state.safetensors"
+    state_file = out / STATE
     if state_file.is_file():
         trainer.restore(state_file)
     log: list[str] = []
+    saved = time.monotonic()
     with ThreadPoolExecutor(1) as loader:  # the next batch is composed while this one trains
-        upcoming = loader.submit(trainer.crops, images)
+        upcoming = loader.submit(trainer.crops, images, trainer.step)
         try:
             while trainer.step < settings.steps:
                 batch = upcoming.result()
@@ -100,8 +103,9 @@ def pretrain(
                 loss = trainer.train(batch)
                 log.append(json.dumps({"step": trainer.step, "loss": round(loss, 5), "size": batch.shape[-1]}))
                 report(trainer.step, loss)
-                if trainer.step % save_every == 0:
+                if time.monotonic() - saved >= save_seconds:
                     trainer.save(state_file, log)
+                    saved = time.monotonic()
         except KeyboardInterrupt:
             trainer.save(state_file, log)
             raise
@@ -113,7 +117,7 @@ def pretrain(
 class _Trainer:
     """Model, its running average, optimizers and the step; all that a checkpoint must hold."""
 
-    def __init__(self, settings: PretrainSettings, start: Path | None, device: str) -> None:
+    def __init__(self, settings: PretrainSettings, start: Path | None, device: torch.device | str) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.device, self.step = settings, torch.device(device), 0
         if start is None:
@@ -130,9 +134,8 @@ class _Trainer:
         self.optimizers = _optimizers(self.model, settings)
         self.denoise = torch.compile(self.model, dynamic=False)
 
-    def crops(self, images: TrainingImages, step: int | None = None) -> Tensor:
+    def crops(self, images: TrainingImages, step: int) -> Tensor:
         """The batch of a step: float [B, 3, S, S] in [−1, 1]."""
-        step = self.step if step is None else step
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
         count = self.settings.tokens // (size // 8) ** 2

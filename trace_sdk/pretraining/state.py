@@ -16,6 +16,8 @@ from trace_sdk.atomic import write_bytes
 from trace_sdk.backbones.checkpoint import is_pickle
 from trace_sdk.errors import CheckpointError
 
+STATE = "state.safetensors"
+
 
 def save_state(file: Path, tensors: dict[str, Tensor], step: int, settings: dict[str, Any]) -> None:
     """Write whole or not at all; a run that is killed goes on from the last file."""
@@ -66,3 +68,9 @@ def restore_optimizer(optimizer: Optimizer, prefix: str, tensors: dict[str, Tens
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def steps_done(folder: Path) -> int:
+    """Steps of the run in `folder`, 0 if there is none. Raises CheckpointError like `load_state`."""
+    file = folder / STATE
+    return load_state(file)[1] if file.is_file() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.pretraining.state import STATE, load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, reconstruction_loss
 from trace_sdk.student.model import Student
@@ -63,8 +65,8 @@ def distill(
     out: Path,
     settings: DistillSettings,
     *,
-    device: str = "cpu",
-    save_every: int = 50,
+    device: torch.device | str = "cpu",
+    save_seconds: float = 120,
     report: Report = lambda step, losses: None,
 ) -> Student:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
@@ -73,6 +75,7 @@ def distill(
         backbone: the teacher's backbone.
         images: photos with labels; each step's batch depends on (seed, step) alone.
         out: folder for the state, the log and the finished student.
+        save_seconds: how often the state is saved.
         report: called after each step with the steps done and the loss terms.
 
     Returns:
@@ -84,9 +87,10 @@ def distill(
     """
     settings.check()
     trainer = _Trainer(backbone, settings, device)
-    state_file = out / "state.safetensors"
+    state_file = out / STATE
     if state_file.is_file():
         trainer.restore(state_file)
+    saved = time.monotonic()
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(trainer.crops, images, trainer.step)
         try:
@@ -95,22 +99,25 @@ def distill(
                 upcoming = loader.submit(trainer.crops, images, trainer.step + 1)
                 losses = trainer.train(*batch)
                 report(trainer.step, losses)
-                if trainer.step % save_every == 0:
+                if time.monotonic() - saved >= save_seconds:
                     trainer.save(state_file)
+                    saved = time.monotonic()
         except KeyboardInterrupt:
             trainer.save(state_file)
             raise
     trainer.save(state_file)
     student = trainer.student
     student.merge_lora()
+    student.eval()
+    student.threshold = calibrate_threshold(student, images, settings.sizes[0])
     student.save(out, {"distilled_steps": trainer.step, "settings": asdict(settings)})
-    return student.eval()
+    return student
 
 
 class _Trainer:
     """Student, optimizer and step; all that a checkpoint must hold."""
 
-    def __init__(self, backbone: PixelBackbone, settings: DistillSettings, device: str) -> None:
+    def __init__(self, backbone: PixelBackbone, settings: DistillSettings, device: torch.device | str) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.device, self.step = settings, torch.device(device), 0
         self.student = Student(backbone)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_sdk.errors import TraceError
-from trace_sdk.images import load_image
+from trace_sdk.images import read_image
+from trace_sdk.teacher.plot import plot
 from trace_sdk.teacher.labels import claim_folder, save_label
 from trace_sdk.teacher.teacher import Teacher
 
@@ -28,12 +29,17 @@ def label_folder(
     root: Path,
     out: Path,
     backbone_sha256: str,
+    *,
+    plots: bool = False,
     report: Callable[[Path], None] = lambda photo: None,
 ) -> LabelSummary:
     """Annotate each photo into `out`, at its path below `root` with `.npz` added.
 
     Photos that have a label file are skipped, so a run that was cut goes on; a photo that cannot be read is
     recorded with its reason and the others are still done.
+
+    Args:
+        plots: write a picture beside each label, `.png` in place of `.npz`.
 
     Raises:
         ArgumentError: `out` holds labels made in another way.
@@ -47,11 +53,13 @@ def label_folder(
             summary.skipped += 1
         else:
             try:
-                image = load_image(photo)
+                image = read_image(photo)
             except TraceError as error:
                 summary.failed[str(photo)] = str(error)
             else:
                 annotation = teacher.annotate(image.rgb)
+                if plots:
+                    plot(teacher, image.rgb, annotation, file.with_suffix(".png"))
                 save_label(file, annotation)
                 summary.done += 1
                 summary.t_star += [annotation.emergence.t_star] if annotation.emergence else []

@@ -1,0 +1,31 @@
+# One command runs the main job, one passes the tests; each sets up its own virtual environment.
+VENV ?= .venv
+PYTHON ?= python3
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/base
+	$(VENV)/bin/trace-sdk detect examples/photos/cars.jpg --overlay -o out
+
+test: $(VENV)/dev
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/dev
+	$(VENV)/bin/mypy
+
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv out runs build *.egg-info

@@ -1,0 +1,168 @@
+"""The teacher end to end on a tiny real backbone: determinism, trajectories, label folders, resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.teacher.emergence import TRAJECTORIES
+from trace_sdk.teacher.labeller import label_file, label_folder
+from trace_sdk.teacher.labels import load_label
+from trace_sdk.teacher.plot import attention_pca, colour_labels, plot
+from trace_sdk.teacher.teacher import Teacher, TeacherSettings
+
+SMALL = TeacherSettings(size=96, stride=250, window=(0.2, 0.8))
+
+
+@pytest.fixture
+def photo(photos: Path) -> np.ndarray:
+    return np.asarray(Image.open(photos / "a.png").convert("RGB"))
+
+
+def test_annotation_has_a_curve_a_timestep_and_labels(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    annotation = Teacher(tiny_backbone, SMALL).annotate(photo)
+    assert annotation.abdiv.shape == annotation.labels.shape == (10, 12)  # 96×120 at 96 px: 77×96 → 80×96
+    assert annotation.emergence is not None
+    assert annotation.emergence.timesteps == (0.25, 0.5, 0.75)
+    assert annotation.timesteps == (annotation.emergence.t_star,)
+    assert min(annotation.emergence.kl) >= 0
+    assert set(np.unique(annotation.labels)) <= {-1, 0, 1} and (annotation.labels == 1).any()
+
+
+def test_same_seed_same_answer_other_seed_another(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    first, again = (Teacher(tiny_backbone, SMALL).annotate(photo) for _ in range(2))
+    np.testing.assert_array_equal(first.abdiv, again.abdiv)
+    other = Teacher(tiny_backbone, TeacherSettings(size=96, stride=250, window=(0.2, 0.8), seed=1)).annotate(photo)
+    assert not np.array_equal(first.abdiv, other.abdiv)
+
+
+def test_emergence_matches_an_independent_walk(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    """The KL curve recomputed in float64 from plain per-head maps."""
+    teacher = Teacher(tiny_backbone, SMALL)
+    images = teacher.prepare(photo)
+    noise = teacher.noise_like(images)
+    maps = []
+    for t in (0.0, 0.25, 0.5, 0.75):
+        seen = []
+        with torch.inference_mode():
+            tiny_backbone((1 - t) * images + t * noise, t, seen.append)
+        blocks = [torch.softmax(a.query.double() @ a.key.double().mT * a.scale, -1).mean(1)[0] for a in seen]
+        maps.append(torch.stack(blocks).mean(0).numpy())
+    expected = [np.mean((p * np.log(p / q)).sum(-1)) for p, q in zip(maps, maps[1:], strict=False)]
+    np.testing.assert_allclose(teacher.annotate(photo).emergence.kl, expected, rtol=1e-3)
+
+
+def test_per_head_form_resembles_the_averaged_one(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    fixed = {"size": 96, "timesteps": (0.25,)}
+    averaged = Teacher(tiny_backbone, TeacherSettings(**fixed)).annotate(photo).abdiv
+    per_head = Teacher(tiny_backbone, TeacherSettings(**fixed, form="per-head")).annotate(photo).abdiv
+    assert (per_head >= averaged - 1e-5).all()
+    assert np.corrcoef(averaged.ravel(), per_head.ravel())[0, 1] > 0.6
+
+
+def test_several_timesteps_are_averaged_after_scaling(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    one, two = (Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6))
+    both = Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.2, 0.6))).annotate(photo)
+    np.testing.assert_allclose(both.abdiv, (one / one.mean() + two / two.mean()) / 2, rtol=1e-4)
+    assert both.emergence is None
+
+
+def test_mirror_averages_with_the_mirrored_photo(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    settings = TeacherSettings(size=96, timesteps=(0.0,), mirror=True)  # t = 0: no noise to tell the two apart
+    left = Teacher(tiny_backbone, settings).annotate(photo).abdiv
+    right = Teacher(tiny_backbone, settings).annotate(np.ascontiguousarray(photo[:, ::-1])).abdiv
+    np.testing.assert_allclose(left, right[:, ::-1], rtol=1e-3, atol=1e-5)
+
+
+def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: PixelBackbone) -> None:
+    images, noise = torch.rand(2, 1, 3, 64, 64).unbind(0)
+    with torch.inference_mode():
+        noised = dict(TRAJECTORIES["noising"](tiny_backbone, images, (0.0, 0.1, 0.3), noise))
+        inverted = dict(TRAJECTORIES["inversion"](tiny_backbone, images, (0.0, 0.1, 0.3), noise))
+        assert torch.equal(inverted[0.0], images) and torch.equal(noised[0.0], images)
+        x, t = tiny_backbone.add_noise(images, noise, 0.025), 0.025
+        for _ in range(3):
+            x = x + 0.025 * (x - tiny_backbone(x, t)) / t
+            t += 0.025
+    torch.testing.assert_close(inverted[0.1], x, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(inverted[0.3], noised[0.3])
+
+
+@pytest.mark.parametrize(
+    ("setting", "fragment"),
+    [
+        ({"size": 32}, "size must be at least 64"),
+        ({"timesteps": (1.2,)}, r"\[0, 1\)"),
+        ({"timesteps": ()}, r"\[0, 1\)"),
+        ({"trajectory": "sideways"}, "trajectory must be one of"),
+        ({"form": "median"}, "form must be"),
+        ({"neighbourhood": 6}, "neighbourhood must be"),
+        ({"neighbourhood": 8, "form": "per-head"}, "neighbourhood must be"),
+    ],
+)
+def test_settings_out_of_range(tiny_backbone: PixelBackbone, setting: dict, fragment: str) -> None:
+    with pytest.raises(ArgumentError, match=fragment):
+        Teacher(tiny_backbone, TeacherSettings(**setting))
+
+
+def test_folder_resumes_and_gives_the_same_bytes(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
+    teacher = Teacher(tiny_backbone, SMALL)
+    files = sorted(p for p in photos.rglob("*") if p.is_file())
+    whole = label_folder(teacher, files, photos, tmp_path / "whole", "sha")
+    assert (whole.done, whole.skipped, whole.failed) == (4, 0, {})
+    label_folder(teacher, files[:2], photos, tmp_path / "cut", "sha")
+    rest = label_folder(teacher, files, photos, tmp_path / "cut", "sha")
+    assert (rest.done, rest.skipped) == (2, 2)
+    for file in files:
+        one, two = (label_file(file, photos, tmp_path / part) for part in ("whole", "cut"))
+        assert one.read_bytes() == two.read_bytes()
+    label = load_label(label_file(photos / "more/a.png", photos, tmp_path / "whole"))
+    assert label.labels.shape == (10, 12) and label.about["timesteps"]
+
+
+def test_bad_photo_is_reported_and_the_others_done(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("not a photo")
+    good = tmp_path / "good.png"
+    good.write_bytes((photos / "a.png").read_bytes())
+    summary = label_folder(Teacher(tiny_backbone, SMALL), [broken, good], tmp_path, tmp_path / "labels", "sha")
+    assert summary.done == 1 and "broken.jpg" in summary.failed[str(broken)]
+
+
+def test_labels_of_two_makings_are_not_mixed(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
+    label_folder(Teacher(tiny_backbone, SMALL), [photos / "a.png"], photos, tmp_path, "sha")
+    with pytest.raises(ArgumentError, match="another backbone or other settings"):
+        label_folder(Teacher(tiny_backbone, SMALL), [photos / "b.jpg"], photos, tmp_path, "other sha")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a label"])
+def test_damaged_label_files(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.npz"
+    file.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"a\.npz"):
+        load_label(file)
+
+
+def test_plot_draws_a_picture(tiny_backbone: PixelBackbone, photo: np.ndarray, tmp_path: Path) -> None:
+    teacher = Teacher(tiny_backbone, SMALL)
+    plot(teacher, photo, teacher.annotate(photo), tmp_path / "look.png")
+    picture = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"))
+    assert picture.shape[1] > 800 and picture.std() > 20
+
+
+def test_label_colours_and_pca_ranges() -> None:
+    colours = colour_labels(np.array([[1, 0, -1]], np.int8))
+    assert len({tuple(c) for c in colours[0]}) == 3
+    pca = attention_pca(torch.randn(48, 48).log_softmax(-1), (6, 8))
+    assert pca.shape == (6, 8, 3) and pca.min() >= 0 and pca.max() <= 1
+
+
+def test_index_says_how_the_labels_were_made(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
+    label_folder(Teacher(tiny_backbone, SMALL), [photos / "a.png"], photos, tmp_path, "abc")
+    index = json.loads((tmp_path / "labels.json").read_text())
+    assert index["backbone_sha256"] == "abc" and index["settings"]["size"] == 96

@@ -1,0 +1,272 @@
+"""Pretraining and distillation: they learn, they resume to the same weights, and they refuse what does not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
+from trace_sdk.pretraining.pretrain import (
+    PretrainSettings,
+    flow_matching_loss,
+    learning_rate,
+    pretrain,
+    sample_timesteps,
+)
+from trace_sdk.pretraining.scenes import compose
+from trace_sdk.pretraining.state import load_state, save_state
+from trace_sdk.pretraining.training_images import TrainingImages, list_photos, open_cutout
+from trace_sdk.student.calibrate import best_threshold
+from trace_sdk.student.distill import DistillSettings, distill
+from trace_sdk.student.labelled_images import LabelledImages
+from trace_sdk.student.losses import dice_loss, reconstruction_loss
+from trace_sdk.student.model import Student
+from trace_sdk.teacher.labeller import label_folder
+from trace_sdk.teacher.teacher import Teacher, TeacherSettings
+
+TINY = PretrainSettings(layers=1, heads=1, steps=6, tokens=128, sizes=(64,), warmup=2, ema=0.9, learning_rate=2e-3)
+SHORT = DistillSettings(steps=6, lora_from=0.5, lora_rank=4, tokens=128, sizes=(64,))
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(steps: int):
+    def report(step: int, _: object) -> None:
+        if step == steps:
+            raise Stop
+
+    return report
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile costs half a minute and changes no result here."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+
+
+@pytest.fixture(scope="module")
+def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cutouts")
+    for number in range(3):
+        sprite = Image.new("RGBA", (40, 50), (0, 0, 0, 0))
+        ImageDraw.Draw(sprite).ellipse((2, 2, 37, 47), fill=(80 * number, 200, 40, 255))
+        sprite.save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(tiny_backbone: PixelBackbone, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("labels")
+    label_folder(Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.3,))), list_photos([photos]), photos, out, "sha")
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return PixelBackbone.load(folder).state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cut_pretraining_ends_with_the_same_weights(photos: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = PretrainSettings(**{**TINY.__dict__, "optimizer": optimizer})
+    images = TrainingImages([photos], None, None, 0)
+    losses: list[float] = []
+    pretrain(images, tmp_path / "whole", settings, report=lambda step, loss: losses.append(loss))
+    assert len(losses) == 6 and all(np.isfinite(losses))
+    with pytest.raises(Stop):
+        pretrain(images, tmp_path / "cut", settings, save_seconds=0, report=stop_after(4))
+    assert load_state(tmp_path / "cut/state.safetensors")[1] == 3
+    pretrain(images, tmp_path / "cut", settings)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    steps = [line for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    assert [f'"step": {k}' in line for k, line in enumerate(steps, 1)] == [True] * 6
+
+
+def test_pretraining_learns(photos: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(**{**TINY.__dict__, "steps": 60, "warmup": 5})
+    losses: list[float] = []
+    pretrain(TrainingImages([photos], None, None, 0), tmp_path, settings, report=lambda _, loss: losses.append(loss))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_ctrl_c_saves_the_step_it_reached(photos: Path, tmp_path: Path) -> None:
+    def interrupt(step: int, _: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(TrainingImages([photos], None, None, 0), tmp_path, TINY, report=interrupt)
+    assert load_state(tmp_path / "state.safetensors")[1] == 3
+
+
+def test_run_of_another_shape_is_not_overwritten(photos: Path, tmp_path: Path) -> None:
+    images = TrainingImages([photos], None, None, 0)
+    pretrain(images, tmp_path, PretrainSettings(**{**TINY.__dict__, "steps": 1}))
+    with pytest.raises(ArgumentError, match="heads=1"):
+        pretrain(images, tmp_path, PretrainSettings(**{**TINY.__dict__, "heads": 2}))
+    (tmp_path / "state.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(CheckpointError, match="pickle"):
+        pretrain(images, tmp_path, TINY)
+    (tmp_path / "state.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a whole training state"):
+        pretrain(images, tmp_path, TINY)
+
+
+def test_batches_depend_on_seed_and_step_alone(photos: Path, cutouts: Path) -> None:
+    images = TrainingImages([photos], cutouts, None, seed=3)
+    first = images.batch(5, 2, 64)
+    images.batch(6, 2, 64)
+    np.testing.assert_array_equal(images.batch(5, 2, 64), first)
+    assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
+    assert not np.array_equal(TrainingImages([photos], cutouts, None, seed=4).batch(5, 2, 64), first)
+
+
+def test_scene_ids_show_where_each_instance_is(cutouts: Path) -> None:
+    sprites = [open_cutout(file) for file in sorted(cutouts.iterdir())]
+    background = np.full((96, 96, 3), 255, np.uint8)
+    counts = []
+    for seed in range(20):
+        scene = compose(np.random.default_rng(seed), sprites, background)
+        assert scene.rgb.shape == (96, 96, 3) and scene.ids.shape == (96, 96)
+        green = scene.rgb[..., 1].astype(int) - scene.rgb[..., 2]
+        if (scene.ids > 0).sum() > 200:
+            assert green[scene.ids > 0].mean() > green[scene.ids == 0].mean() + 20
+        counts.append(scene.ids.max())
+    assert max(counts) >= 3
+
+
+def test_opaque_cutout_and_empty_folder_are_errors(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no transparent pixel"):
+        open_cutout(photos / "a.png")
+    with pytest.raises(DatasetError, match="No photos in"):
+        list_photos([tmp_path])
+
+
+def test_flow_matching_loss_is_the_formula() -> None:
+    prediction, images, t = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8), torch.tensor([0.02, 0.4, 1.0])
+    expected = np.mean([((prediction[i] - images[i]).double() ** 2).mean() / max(t[i].item(), 0.1) ** 2 for i in range(3)])
+    assert flow_matching_loss(prediction, images, t).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_timesteps_follow_the_mixture() -> None:
+    t = sample_timesteps(20000, torch.Generator().manual_seed(0)).numpy()
+    assert 0 < t.min() and t.max() < 1
+    normal = 1 / (1 + np.exp(-(np.random.default_rng(0).standard_normal(200000) * 1.1 - 0.1)))
+    expected = 0.85 * (normal < 0.2).mean() + 0.15 * 0.2
+    assert (t < 0.2).mean() == pytest.approx(expected, abs=0.01)
+
+
+def test_learning_rate_rises_holds_and_falls() -> None:
+    settings = PretrainSettings(steps=100, warmup=10, decay=0.4, learning_rate=1.0)
+    assert learning_rate(0, settings) == pytest.approx(0.1)
+    assert learning_rate(30, settings) == 1.0
+    assert learning_rate(80, settings) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"sizes": ()}, {"sizes": (60,)}, {"tokens": 10}, {"optimizer": "sgd"}]
+)
+def test_pretraining_settings_out_of_range(change: dict) -> None:
+    with pytest.raises(ArgumentError):
+        PretrainSettings(**{**TINY.__dict__, **change}).check()
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lora_from": 2}, {"sizes": (63,)}, {"tokens": 1}])
+def test_distillation_settings_out_of_range(change: dict) -> None:
+    with pytest.raises(ArgumentError):
+        DistillSettings(**{**SHORT.__dict__, **change}).check()
+
+
+def test_dice_counts_certain_pixels_only() -> None:
+    logits = torch.tensor([[[2.0, -1.0, 0.5, 30.0]]])
+    labels = torch.tensor([[[1, 0, 1, -1]]])
+    p = 1 / (1 + np.exp(-np.array([2.0, -1.0, 0.5])))
+    expected = 1 - (2 * (p[0] + p[2]) + 1) / (2 + (p**2).sum() + 1)
+    assert dice_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert dice_loss(torch.full((1, 2, 2), 40.0), torch.ones(1, 2, 2, dtype=torch.int8)).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(logits, torch.full((1, 1, 4), -1)).item() == 0
+
+
+def test_reconstruction_is_the_mean_square() -> None:
+    assert reconstruction_loss(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)).item() == 0.25
+
+
+def test_best_threshold_separates() -> None:
+    probability = torch.tensor([0.1, 0.2, 0.62, 0.7])
+    assert 0.2 < best_threshold(probability, torch.tensor([False, False, True, True])) <= 0.62
+
+
+def test_cut_distillation_ends_with_the_same_student(tiny_backbone: PixelBackbone, photos: Path, labels: Path, tmp_path: Path) -> None:
+    tiny_backbone.save(tmp_path / "backbone")
+    images = LabelledImages(photos, labels, 0)
+
+    def run(out: str, **more) -> Student:
+        return distill(PixelBackbone.load(tmp_path / "backbone"), images, tmp_path / out, SHORT, **more)
+
+    run("whole")
+    with pytest.raises(Stop):
+        run("cut", save_seconds=0, report=stop_after(5))
+    run("cut")
+    whole, cut = (Student.load(tmp_path / part) for part in ("whole", "cut"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), name
+    before, after = weights(tmp_path / "backbone"), weights(tmp_path / "whole/backbone")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(any(part in name for part in ("to_q", "to_k", "to_v")) for name in changed)
+    with pytest.raises(ArgumentError, match="lora_rank=4"):
+        distill(PixelBackbone.load(tmp_path / "backbone"), images, tmp_path / "cut", DistillSettings(lora_rank=8))
+
+
+def test_student_learns_its_labels(tiny_backbone: PixelBackbone, photos: Path, labels: Path, tmp_path: Path) -> None:
+    tiny_backbone.save(tmp_path / "backbone")
+    losses: list[float] = []
+    settings = DistillSettings(steps=60, lora_rank=0, tokens=256, sizes=(64,), learning_rate=5e-3)
+    student = distill(
+        PixelBackbone.load(tmp_path / "backbone"), LabelledImages(photos, labels, 0), tmp_path, settings,
+        report=lambda _, terms: losses.append(terms["dice"]),
+    )
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+    assert 0 < student.threshold < 1
+
+
+def test_label_crop_lies_over_the_image_crop(tmp_path: Path, tiny_backbone: PixelBackbone) -> None:
+    """Left half black and interior, right half white and edge: every crop must agree pixel by pixel."""
+    from trace_sdk.teacher.labels import save_label
+    from trace_sdk.teacher.teacher import Annotation
+
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, 48:] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    ternary = np.zeros((8, 12), np.int8)
+    ternary[:, 6:] = 1
+    ternary[0] = -1
+    save_label(tmp_path / "half.png.npz", Annotation(ternary.astype(np.float32), ternary, "mu-sigma", (0.1,), None))
+    images, labels = LabelledImages(tmp_path, tmp_path, 0).batch(0, 8, 64)
+    certain = labels != -1
+    bright = images[:, 0] > 0
+    assert ((labels == 1) == bright)[certain].float().mean() > 0.97
+    assert (labels == -1).any(-1).any(-1).sum() >= 1
+
+
+def test_no_labels_at_all(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="trace-sdk label"):
+        LabelledImages(photos, tmp_path, 0)
+
+
+@pytest.mark.parametrize("damage", ["student.json", "decoder.safetensors"])
+def test_damaged_student_folder(tiny_backbone: PixelBackbone, tmp_path: Path, damage: str) -> None:
+    Student(tiny_backbone).save(tmp_path, {})
+    (tmp_path / damage).write_bytes(b"{")
+    with pytest.raises(CheckpointError, match="not a whole student"):
+        Student.load(tmp_path)
+
+
+def test_state_round_trip(tmp_path: Path) -> None:
+    save_state(tmp_path / "s", {"a.b": torch.arange(3)}, 7, {"seed": 1})
+    tensors, step, settings = load_state(tmp_path / "s")
+    assert torch.equal(tensors["a.b"], torch.arange(3)) and step == 7 and settings == {"seed": 1}

@@ -1,0 +1,31 @@
+"""The torch device that was asked for, or an error; never another one without a word."""
+
+from __future__ import annotations
+
+import torch
+
+from trace_sdk.errors import ArgumentError, DeviceError
+
+
+def torch_device(name: str) -> torch.device:
+    """"cpu", "cuda" or "cuda:N" as a device that is there.
+
+    Raises:
+        ArgumentError: another name.
+        DeviceError: CUDA, or that GPU, is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device must be cpu, cuda or cuda:N; got {name!r}.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "CUDA was asked for, but this torch sees no GPU. Install a CUDA build of torch on a machine with an "
+                "NVIDIA driver, or use --device cpu."
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0).")
+    return device

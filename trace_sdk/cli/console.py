@@ -1,0 +1,112 @@
+"""What every command shares: the terminal, progress, and how an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trace_sdk.errors import ArgumentError, TraceError
+
+ALL_DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress in a log
+
+errors = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+_TRAIN = ("torch", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "matplotlib")
+_EVALUATE = ("scipy", "skimage", "pycocotools")
+_EXTRAS = {**dict.fromkeys(_TRAIN, "train"), **dict.fromkeys(_EVALUATE, "evaluate")}
+
+
+def say_error(message: object) -> None:
+    """Print `error: message` to stderr, above a running progress bar."""
+    errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn what goes wrong inside the block into one line on stderr and an exit code.
+
+    TraceError exits 1 (ArgumentError 2, as any wrong usage), Ctrl-C 130 with the line to go on with.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        say_error(error)
+        raise click.exceptions.Exit(USAGE) from None
+    except TraceError as error:
+        say_error(error)
+        raise click.exceptions.Exit(FAILED) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        say_error(f"{package} is not installed. Run: pip install 'trace-sdk[{_EXTRAS[package]}]'")
+        raise click.exceptions.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        errors.print(f"interrupted. To go on, run: {command}", markup=False, soft_wrap=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+class Advance(Protocol):
+    """Tells the progress bar that `steps` more are done; `note` is shown beside it (a loss, a name)."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """A progress bar on stderr, or one plain line every 30 s and at the end where stderr is not a terminal.
+
+        with progress("label", total=len(photos)) as advance:
+            for photo in photos:
+                ...
+                advance(note=photo.name)
+
+    `done` is where a resumed job stands already.
+    """
+    with (_bar if errors.is_terminal else _lines)(description, total, done) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=errors) as bar:
+        task = bar.add_task(description, total=total, completed=done, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            bar.update(task, advance=steps, note=note)
+
+        yield advance
+
+
+@contextmanager
+def _lines(description: str, total: int, done: int) -> Iterator[Advance]:
+    last = time.monotonic()
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        if done >= total or time.monotonic() - last >= PLAIN_LINE_EVERY:
+            last = time.monotonic()
+            line = f"{description}: {done}/{total} {note}".rstrip()
+            errors.print(line, markup=False, soft_wrap=True)
+
+    yield advance

@@ -1,0 +1,61 @@
+"""`trace-sdk info`: what an engine says about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.table import Table
+
+from trace_sdk.cli.console import output
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine", required=False)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
+def command(engine: str | None, device: str, as_json: bool) -> None:
+    """Show what ENGINE says about itself, after checking that the file is whole.
+
+    ENGINE is an .onnx file or the name of a bundled engine; by default trace-small.
+
+    \b
+    Examples:
+      trace-sdk info
+      trace-sdk info my-engine.onnx --json
+
+    \b
+    Exit code: 0 fine, 1 the engine is missing, corrupt or foreign, 2 wrong usage
+    """
+    from trace_sdk.engines import open_engine, read_engine
+
+    opened = open_engine(engine, device)
+    model, source = read_engine(engine)
+    facts: dict[str, Any] = {
+        "file": source,
+        "bytes": len(model),
+        "sha256": opened.sha256,
+        "device": opened.device,
+        "device_reason": opened.device_reason,
+        "provider": opened.provider,
+        **asdict(opened.manifest),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(title=f"{opened.manifest.name} (sha256 verified)", show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(key, _shown(key, value))
+    output.print(table)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "bytes":
+        return f"{value:,} ({value / 2**20:.1f} MiB)"
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_shown(name, item)}" for name, item in value.items()) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

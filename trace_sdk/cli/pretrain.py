@@ -1,0 +1,86 @@
+"""trace-sdk pretrain: a pixel backbone from photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trace_sdk.cli.console import output, progress
+
+
+@click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the state and the weights.")
+@click.option("--cutouts", type=click.Path(path_type=Path), help="Folder of RGBA cut-outs; half of the images are then scenes composed of them.")
+@click.option("--backgrounds", type=click.Path(path_type=Path), help="Photos behind the cut-outs.  [default: PHOTOS]")
+@click.option("--start", type=click.Path(path_type=Path), help="Folder of weights to start from.  [default: random]")
+@click.option("--layers", default=12, show_default=True, help="Transformer blocks.")
+@click.option("--heads", default=6, show_default=True, help="Attention heads of width 64 in each block.")
+@click.option("--steps", default=4300, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@click.option("--tokens", default=256 * 1024, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop).")
+@click.option("--size", "sizes", multiple=True, default=(256,), show_default=True, help="Crop side in px; give several to mix.")
+@click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
+@click.option("--learning-rate", default=7e-4, show_default=True)
+@click.option("--warmup", default=300, show_default=True, help="Steps of linear warm-up.")
+@click.option("--ema", default=0.999, show_default=True, help="How long the averaged weights remember.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+def command(
+    photos: tuple[Path, ...],
+    out: Path,
+    cutouts: Path | None,
+    backgrounds: Path | None,
+    start: Path | None,
+    layers: int,
+    heads: int,
+    steps: int,
+    tokens: int,
+    sizes: tuple[int, ...],
+    optimizer: str,
+    learning_rate: float,
+    warmup: int,
+    ema: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Train a pixel diffusion backbone on the photos below PHOTOS. No annotations are read.
+
+    The state is saved every two minutes and on Ctrl-C: run the same command again to go on.
+
+    \b
+    A backbone of 27.5 M parameters on one GPU (about 16 minutes on an H100):
+      trace-sdk pretrain photos/ --cutouts cutouts/ -o runs/backbone --device cuda
+    A smaller one on a laptop, overnight:
+      trace-sdk pretrain photos/ -o runs/backbone --layers 8 --heads 4 --size 128 --tokens 16384 --optimizer muon
+    Next:
+      trace-sdk label photos/ --backbone runs/backbone -o runs/labels
+    """
+    from trace_sdk.backbones.device import torch_device
+    from trace_sdk.pretraining.pretrain import PretrainSettings, pretrain
+    from trace_sdk.pretraining.state import steps_done
+    from trace_sdk.pretraining.training_images import TrainingImages
+
+    settings = PretrainSettings(
+        layers=layers,
+        heads=heads,
+        steps=steps,
+        tokens=tokens,
+        sizes=sizes,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        ema=ema,
+        seed=seed,
+    )
+    images = TrainingImages(list(photos), cutouts, backgrounds, seed)
+    with progress("pretrain", total=steps, done=steps_done(out)) as advance:
+        pretrain(
+            images,
+            out,
+            settings,
+            start=start,
+            device=torch_device(device),
+            report=lambda step, loss: advance(note=f"loss {loss:.4f}"),
+        )
+    output.print(f"Backbone written to {out}")

@@ -1,0 +1,237 @@
+"""From a picture to its instance edges: scale, pad, run the engine (in tiles if large), scale back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from PIL.Image import Resampling
+
+from trace_sdk.edge_map import EdgeMap
+from trace_sdk.engines import open_engine
+from trace_sdk.errors import ArgumentError
+from trace_sdk.images import Image, ImageInput, read_image
+from trace_sdk.tiling import Window, blend, tiles
+
+SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
+BATCH = 8  # images that run_batch gives to the engine at once
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A picture ready for the network.
+
+    `pixels` is uint8 [h, w, 3], padded; `height` and `width` are without padding; timings in ms.
+    """
+
+    image: Image
+    pixels: NDArray[np.uint8]
+    height: int
+    width: int
+    timings: dict[str, float]
+
+
+class EdgeDetector:
+    """Instance edges of pictures. Safe to call from many threads: answers are bit for bit the serial ones."""
+
+    def __init__(
+        self, engine: str | os.PathLike[str] | None = None, *, device: str = "auto", size: int | None = None
+    ) -> None:
+        """Open an engine.
+
+        Args:
+            engine: path of an `.onnx` engine, a bundled name, or None for "trace-small".
+            device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
+            size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
+                Above the engine's `max_size` the picture is cut into overlapping tiles.
+
+        Raises:
+            EngineError: missing, corrupt, pickled or foreign engine.
+            DeviceError: the device is not there.
+            ArgumentError: `size` or the name of the device is out of range.
+        """
+        if size is not None and (not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
+            raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
+        self._engine = open_engine(engine, device)
+        self._manifest = self._engine.manifest
+        self.size = size or self._manifest.default_size
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Engine, engine_sha256, device, device_reason, provider, size and threshold."""
+        return {
+            "engine": self._manifest.name,
+            "engine_sha256": self._engine.sha256,
+            "device": self._engine.device,
+            "device_reason": self._engine.device_reason,
+            "provider": self._engine.provider,
+            "size": self.size,
+            "threshold": self._manifest.threshold,
+        }
+
+    def run(self, image: ImageInput) -> EdgeMap:
+        """Edges of one picture; see `trace_sdk.images.read_image` for what a picture may be.
+
+        Raises:
+            ImageError: the picture cannot be read.
+            EngineError: the network failed.
+        """
+        return self._answer([self._prepare(image)])[0]
+
+    __call__ = run
+
+    def run_batch(self, images: Iterable[ImageInput]) -> list[EdgeMap]:
+        """Edges of several pictures, in order.
+
+        Of 8 neighbours, those of one shape go through the engine together. On a CPU each answer is bit for
+        bit that of `run`; on a GPU it is equal to 1e-5.
+
+        Raises:
+            ImageError: one of them cannot be read; the message names it.
+            EngineError: the network failed.
+        """
+        return list(self.stream(images, batch=BATCH))
+
+    def stream(self, images: Iterable[ImageInput], batch: int = 1, prefetch: int = 4) -> Iterator[EdgeMap]:
+        """Edges of any number of pictures, in order, while the next ones are decoded in threads.
+
+        Args:
+            images: taken from as needed, in the caller's thread.
+            batch: pictures that wait for each other to go through the engine together.
+            prefetch: pictures decoded ahead.
+
+        An error is raised where its picture's answer would have come, and ends the stream. A stream that is
+        left early stops its threads when it is closed or collected.
+
+        Raises:
+            ArgumentError: `batch` or `prefetch` is below 1 or not whole, or `images` is one picture.
+        """
+        for name, value in {"batch": batch, "prefetch": prefetch}.items():
+            if not _is_whole(value) or value < 1:
+                raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
+        single = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image)
+        if isinstance(images, single) or not isinstance(images, Iterable):
+            kind = type(images).__name__
+            raise ArgumentError(f"Expected several images, got one {kind}. Use run, or pass a list.")
+        return self._stream(images, batch, prefetch)
+
+    def warmup(self) -> None:
+        """Run the network once on an empty square, so that the first answer is not slow."""
+        self.run(np.zeros((self.size, self.size), np.uint8))
+
+    def _stream(self, images: Iterable[ImageInput], batch: int, prefetch: int) -> Iterator[EdgeMap]:
+        pool = ThreadPoolExecutor(min(prefetch, os.cpu_count() or 1), thread_name_prefix="trace-decode")
+        try:
+            coming = self._submitted(images, pool)
+            waiting = deque(islice(coming, prefetch))
+            while waiting:
+                ready: list[_Prepared] = []
+                failure: BaseException | None = None
+                while waiting and len(ready) < batch and failure is None:
+                    future = waiting.popleft()
+                    waiting.extend(islice(coming, 1))
+                    failure = future.exception()
+                    if failure is None:
+                        ready.append(future.result())
+                yield from self._answer(ready)
+                if failure is not None:
+                    raise failure
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submitted(
+        self, images: Iterable[ImageInput], pool: ThreadPoolExecutor
+    ) -> Iterator[Future[_Prepared]]:
+        try:
+            for index, image in enumerate(images):
+                yield pool.submit(self._prepare, image, f"image {index}")
+        # An error of the caller's own iterable also waits for its turn.
+        except Exception as error:
+            failed: Future[_Prepared] = Future()
+            failed.set_exception(error)
+            yield failed
+
+    def _prepare(self, image: ImageInput, source: str | None = None) -> _Prepared:
+        start = time.perf_counter()
+        picture = read_image(image, source)
+        decoded = time.perf_counter()
+        height, width = _scaled(picture.rgb.shape[0], picture.rgb.shape[1], self.size)
+        pixels = picture.rgb
+        if pixels.shape[:2] != (height, width):
+            pixels = np.asarray(PIL.Image.fromarray(pixels).resize((width, height), Resampling.BICUBIC))
+        pixels = np.pad(pixels, ((0, self._padding(height)), (0, self._padding(width)), (0, 0)), mode="edge")
+        resized = time.perf_counter()
+        timings = {"decode": (decoded - start) * 1e3, "resize": (resized - decoded) * 1e3}
+        return _Prepared(picture, pixels, height, width, timings)
+
+    def _padding(self, length: int) -> int:
+        step = self._manifest.multiple_of
+        return max(-(-length // step) * step, self._manifest.min_size) - length
+
+    def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:
+        """One map each; pictures of one shape go through the engine together."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, item in enumerate(prepared):
+            by_shape.setdefault(item.pixels.shape, []).append(index)
+        answers: dict[int, EdgeMap] = {}
+        for indices in by_shape.values():
+            start = time.perf_counter()
+            probabilities, pieces = self._infer(np.stack([prepared[index].pixels for index in indices]))
+            network = (time.perf_counter() - start) * 1e3 / len(indices)
+            for index, probability in zip(indices, probabilities, strict=True):
+                answers[index] = self._finish(prepared[index], probability, network, pieces)
+        return [answers[index] for index in range(len(prepared))]
+
+    def _infer(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
+        """uint8 [B, h, w, 3] → float32 [B, h, w], and in how many pieces each picture was run."""
+        height, width = batch.shape[1:3]
+        tile, step = self._manifest.max_size, self._manifest.multiple_of
+        if max(height, width) <= tile:
+            return self._engine.infer(batch), 1
+        overlap = min(max(tile // 4 // step * step, step), tile - step)
+        windows = tiles(height, width, tile, overlap, step)
+
+        def pieces(pixels: NDArray[np.uint8]) -> Iterator[tuple[Window, NDArray[np.float32]]]:
+            for window in windows:
+                yield window, self._engine.infer(pixels[window.slices][None])[0]
+
+        return np.stack([blend(pieces(pixels), height, width, overlap) for pixels in batch]), len(windows)
+
+    def _finish(
+        self, prepared: _Prepared, probability: NDArray[np.float32], network: float, pieces: int
+    ) -> EdgeMap:
+        start = time.perf_counter()
+        height, width = prepared.image.rgb.shape[:2]
+        probability = np.ascontiguousarray(probability[: prepared.height, : prepared.width])
+        if probability.shape != (height, width):
+            full_size = PIL.Image.fromarray(probability).resize((width, height), Resampling.BILINEAR)
+            probability = np.clip(np.asarray(full_size), 0.0, 1.0)
+        timings = {**prepared.timings, "network": network, "resize_back": (time.perf_counter() - start) * 1e3}
+        info = {
+            **self.info,
+            "source": prepared.image.source,
+            "input_size": (width, height),
+            "network_size": (prepared.width, prepared.height),
+            "tiles": pieces,
+            "timings": {**timings, "total": sum(timings.values())},
+        }
+        return EdgeMap(probability, prepared.image.rgb, self._manifest.threshold, info)
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the longest side `size`, each at least 1 pixel."""
+    longest = max(height, width)
+    return max(1, round(height * size / longest)), max(1, round(width * size / longest))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

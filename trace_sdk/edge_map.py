@@ -1,0 +1,203 @@
+"""What a detector answers: the probability of an instance edge at every pixel of the input."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import DTypeLike, NDArray
+from PIL.PngImagePlugin import PngInfo
+
+from trace_sdk import __version__
+from trace_sdk.atomic import write_whole
+from trace_sdk.errors import ArgumentError, OutputError
+from trace_sdk.images import ImageInput, read_image
+
+OVERLAY_COLOUR = (255, 32, 96)
+_SUFFIXES = (".png", ".npy", ".tif", ".tiff")
+_TIFF_DESCRIPTION = 270
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeMap:
+    """Edge probabilities at the resolution of the input.
+
+    Attributes:
+        probability: float32 [H, W] in [0, 1], read-only.
+        rgb: uint8 [H, W, 3], the input as it was decoded, read-only.
+        threshold: the engine's calibrated threshold, in (0, 1).
+        info: engine, engine_sha256, device, device_reason, provider, source, input_size and network_size as
+            (width, height), tiles (how many pieces), timings in ms per stage.
+    """
+
+    probability: NDArray[np.float32]
+    rgb: NDArray[np.uint8]
+    threshold: float = 0.5
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.probability.flags.writeable = False
+
+    def thin(self) -> NDArray[np.float32]:
+        """Edges one pixel wide: float32 [H, W], the probability on ridges and 0 elsewhere.
+
+        A pixel stays if, across the edge, both neighbours (interpolated) are lower. The direction comes from
+        second derivatives of the smoothed map; inside a plateau its middle wins.
+        """
+        height, width = self.probability.shape
+        seen = max(self.info.get("network_size", (width, height)))
+        return _thin(self.probability, magnification=max(1.0, max(height, width) / seen))
+
+    def binary(self, threshold: float | None = None) -> NDArray[np.bool_]:
+        """Where the probability is at least `threshold` in [0, 1] (None: the engine's own): bool [H, W].
+
+        Raises:
+            ArgumentError: `threshold` outside [0, 1].
+        """
+        if threshold is None:
+            threshold = self.threshold
+        if not 0 <= threshold <= 1:
+            raise ArgumentError(f"threshold={threshold} must be in [0, 1].")
+        return self.probability >= threshold
+
+    def overlay(self, image: ImageInput | None = None) -> PIL.Image.Image:
+        """The edges drawn over the input, or over another `image` of the same size: RGB, W x H.
+
+        Raises:
+            ArgumentError: `image` has another size.
+            ImageError: `image` cannot be read.
+        """
+        photo = self.rgb if image is None else read_image(image).rgb
+        if photo.shape != (*self.probability.shape, 3):
+            raise ArgumentError(
+                f"The image is {photo.shape[1]}x{photo.shape[0]}, the edges are "
+                f"{self.probability.shape[1]}x{self.probability.shape[0]}. Pass the image they were found in."
+            )
+        # From half the threshold (clear) to the threshold (opaque).
+        opacity = np.clip(self.probability / np.float32(self.threshold) * 2 - 1, 0, 1)[:, :, None]
+        drawn = photo + opacity * (np.array(OVERLAY_COLOUR, np.float32) - photo)
+        return PIL.Image.fromarray(np.rint(drawn).astype(np.uint8))
+
+    def save(self, path: str | os.PathLike[str], *, bits: int = 8) -> Path:
+        """Write the probability, whole or not at all, and return the path.
+
+        The suffix decides: `.png` grey with `bits` 8 or 16 (1.0 is white), `.npy` float32, `.tif` float32.
+        PNG and TIFF carry the engine's name and sha256, the sizes and the version (`provenance`).
+
+        Raises:
+            OutputError: unknown suffix, or the file cannot be written.
+            ArgumentError: `bits` is not 8 or 16, or 16 for another format than PNG.
+        """
+        target = Path(path)
+        suffix = target.suffix.lower()
+        if suffix not in _SUFFIXES:
+            allowed = ", ".join(_SUFFIXES)
+            raise OutputError(f"{target}: suffix {suffix!r} names no format. Use one of {allowed}.")
+        if bits not in (8, 16) or (bits == 16 and suffix != ".png"):
+            raise ArgumentError(f"bits={bits} with {suffix}: a .png has 8 or 16, other formats are float32.")
+        with write_whole(target) as file:
+            if suffix == ".png":
+                self._write_png(file, bits)
+            elif suffix == ".npy":
+                np.save(file, self.probability, allow_pickle=False)
+            else:
+                tags = {_TIFF_DESCRIPTION: json.dumps(self.provenance())}
+                picture = PIL.Image.fromarray(self.probability)
+                picture.save(file, "TIFF", compression="tiff_deflate", tiffinfo=tags)
+        return target
+
+    def provenance(self) -> dict[str, Any]:
+        """What made this map, for files: version, engine, engine_sha256, input_size, network_size."""
+        kept = ("engine", "engine_sha256", "input_size", "network_size")
+        return {"trace_sdk": __version__, **{key: self.info[key] for key in kept if key in self.info}}
+
+    def _write_png(self, file: IO[bytes], bits: int) -> None:
+        text = PngInfo()
+        text.add_text("Software", f"trace-sdk {__version__}")
+        text.add_text("trace_sdk", json.dumps(self.provenance()))
+        depth = np.uint8 if bits == 8 else np.uint16
+        grey = np.rint(self.probability * np.float32(np.iinfo(depth).max)).astype(depth)
+        PIL.Image.fromarray(grey).save(file, "PNG", pnginfo=text)
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self._write_png(file, bits=8)
+        return file.getvalue()
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.probability, dtype=dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        height, width = self.probability.shape
+        engine = self.info.get("engine")
+        return f"EdgeMap({width}x{height}, engine={engine!r}, threshold={self.threshold:.3g})"
+
+
+def _thin(probability: NDArray[np.float32], magnification: float) -> NDArray[np.float32]:
+    """Non-maximum suppression; `magnification` is how much the network's answer was enlarged."""
+    smooth = _blur(probability, 1.5 * magnification)
+    # The smoothed map breaks ties only, unless enlarging left facets that are no ridges.
+    height = _blur(probability, 0.5 * magnification) if magnification > 1 else probability
+    height = height + np.float32(1e-3) * smooth
+
+    around = _neighbours(smooth)
+    d_yy = around[-1, 0] - 2 * smooth + around[1, 0]
+    d_xx = around[0, -1] - 2 * smooth + around[0, 1]
+    d_xy = (around[-1, -1] + around[1, 1] - around[-1, 1] - around[1, -1]) / 4
+    # The eigenvector of the most negative curvature points across the ridge.
+    angle = np.arctan2(-2 * d_xy, d_yy - d_xx) / 2
+    normal_y, normal_x = np.sin(angle), np.cos(angle)
+
+    around = _neighbours(height)
+    steep = np.abs(normal_y) >= np.abs(normal_x)
+    slant = np.where(steep, normal_x, normal_y) / np.where(steep, normal_y, normal_x)
+    share, rising = np.abs(slant), slant >= 0
+
+    def across(sign: int) -> NDArray[np.float32]:
+        # One step along the longer axis of the normal, `share` of a step along the other.
+        ahead = np.where(steep, around[sign, 0], around[0, sign])
+        aside = np.where(
+            rising, around[sign, sign], np.where(steep, around[sign, -sign], around[-sign, sign])
+        )
+        mixed: NDArray[np.float32] = ahead + share * (aside - ahead)
+        return mixed
+
+    # Strict on one side only: of two equal neighbours across an edge, exactly one stays.
+    after = np.maximum(across(1), np.where(steep, around[1, 0], around[0, 1]))
+    highest = (height > after) & (height >= across(-1))
+    highest &= height >= np.where(steep, around[-1, 0], around[0, -1])
+    return np.where(highest, probability, np.float32(0))
+
+
+def _neighbours(values: NDArray[np.float32]) -> dict[tuple[int, int], NDArray[np.float32]]:
+    """(rows down, columns right) → the map shifted so that this neighbour lies at each pixel's place."""
+    height, width = values.shape
+    padded = np.pad(values, 1, mode="edge")
+    return {
+        (down, right): padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+        if (down, right) != (0, 0)
+    }
+
+
+def _blur(values: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Gaussian blur with replicated borders, `sigma` in pixels."""
+    radius = math.ceil(3 * sigma)
+    weights = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    weights /= weights.sum()
+    for axis in (0, 1):
+        pad = [(radius, radius) if axis == i else (0, 0) for i in (0, 1)]
+        padded = np.pad(values, pad, mode="edge")
+        length = values.shape[axis]
+        values = np.zeros_like(values)
+        for i, weight in enumerate(weights.astype(np.float32)):
+            values += weight * (padded[i : i + length] if axis == 0 else padded[:, i : i + length])
+    return values

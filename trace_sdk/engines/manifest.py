@@ -1,0 +1,165 @@
+"""What an engine file says about itself, and the seal that shows the file is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from trace_sdk.errors import EngineError
+
+FORMAT_VERSION = 1
+_MARKER = b"trace-sha256:"
+_PLACEHOLDER = b"0" * 64
+_SEAL = re.compile(re.escape(_MARKER) + rb"([0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an engine that is not weights.
+
+    Attributes:
+        name: the engine's name, such as "trace-small".
+        trace_sdk_version: version of trace-sdk that exported it.
+        backbone: family of the denoiser, such as "pixel".
+        backbone_sha256: sha256 of the backbone's weights, hexadecimal.
+        decoder: name and form of the edge decoder.
+        multiple_of: height and width of the network's input are multiples of it, pixels.
+        min_size: shortest side that the graph takes, pixels; a multiple of `multiple_of`.
+        max_size: longest side in one piece, pixels, a multiple of `multiple_of`; beyond it, tiles.
+        default_size: longest side that the network sees unless told otherwise, pixels.
+        threshold: calibrated probability from which a pixel counts as edge, in (0, 1).
+        precision: of the weights, such as "fp16".
+        opset: ONNX operator set.
+        producers: package → version of what made the file.
+        quality: figures measured for this engine.
+        parity: largest differences from torch, measured at export.
+        licence: SPDX name of the licence of the weights.
+        created: ISO 8601 date and time, UTC.
+        commit: git commit that exported it.
+        format_version: of this record.
+    """
+
+    name: str
+    trace_sdk_version: str
+    backbone: str
+    backbone_sha256: str
+    decoder: str
+    multiple_of: int
+    min_size: int
+    max_size: int
+    default_size: int
+    threshold: float
+    precision: str
+    opset: int
+    producers: dict[str, str]
+    quality: dict[str, Any]
+    parity: dict[str, Any]
+    licence: str
+    created: str
+    commit: str
+    format_version: int = FORMAT_VERSION
+
+    def metadata(self) -> dict[str, str]:
+        """The ONNX metadata_props of this engine; the sha256 is filled in by `seal`."""
+        return {
+            "trace_sdk": json.dumps(asdict(self), sort_keys=True),
+            "sha256": (_MARKER + _PLACEHOLDER).decode(),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path: str | Path) -> Manifest:
+        """Read the record back; `path` is for messages.
+
+        Raises:
+            EngineError: the record is missing, incomplete, out of range or of a newer format.
+        """
+        if "trace_sdk" not in metadata:
+            raise EngineError(_foreign(path))
+        try:
+            record = json.loads(metadata["trace_sdk"])
+            version = record["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{path}: its manifest cannot be read ({error!r}). Export it again.") from error
+        if version != FORMAT_VERSION:
+            raise EngineError(
+                f"{path}: is of engine format {version}, this trace-sdk reads {FORMAT_VERSION}. "
+                "Update trace-sdk (pip install -U trace-sdk) or export the engine again."
+            )
+        _check_fields(record, path)
+        manifest = cls(**record)
+        manifest._check_ranges(path)
+        return manifest
+
+    def _check_ranges(self, path: str | Path) -> None:
+        sizes_fit = 1 <= self.min_size <= self.default_size <= self.max_size and self.multiple_of >= 1
+        if not sizes_fit or self.min_size % self.multiple_of or self.max_size % self.multiple_of:
+            raise EngineError(
+                f"{path}: its sizes contradict each other (smallest {self.min_size}, default "
+                f"{self.default_size}, largest {self.max_size}, multiples of {self.multiple_of}). "
+                "Export it again."
+            )
+        if not 0 < self.threshold < 1:
+            raise EngineError(f"{path}: threshold={self.threshold} is not between 0 and 1. Export it again.")
+
+
+def seal(model: bytes) -> bytes:
+    """Put the sha256 of an exported model into its own metadata.
+
+    The sum is taken over the whole file with the 64 digits as zeros. The length does not change.
+
+    Raises:
+        EngineError: the model does not hold `Manifest.metadata()` exactly once.
+    """
+    start = _digits(model, "the exported model")
+    blank = model[:start] + _PLACEHOLDER + model[start + 64 :]
+    return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[start + 64 :]
+
+
+def verify_seal(model: bytes, path: str | Path) -> str:
+    """Check that an engine file is whole and return its sha256 (hexadecimal); `path` is for messages.
+
+    Raises:
+        EngineError: not an engine of trace-sdk, or not the bytes that were exported.
+    """
+    start = _digits(model, path)
+    said = model[start : start + 64].decode()
+    digest = hashlib.sha256(memoryview(model)[:start])
+    digest.update(_PLACEHOLDER)
+    digest.update(memoryview(model)[start + 64 :])
+    if said != digest.hexdigest():
+        raise EngineError(
+            f"{path}: is corrupt, its content is not what was exported (sha256 differs). "
+            "Download it again, or export it again with `trace-sdk export`."
+        )
+    return said
+
+
+def _digits(model: bytes, path: str | Path) -> int:
+    places = [match.start(1) for match in _SEAL.finditer(model)]
+    if not places:
+        raise EngineError(_foreign(path))
+    if len(places) > 1:
+        raise EngineError(f"{path}: holds {len(places)} seals instead of one. Export it again.")
+    return places[0]
+
+
+def _foreign(path: str | Path) -> str:
+    return f"{path}: is not a trace-sdk engine. Export one with `trace-sdk export`."
+
+
+def _check_fields(record: dict[str, Any], path: str | Path) -> None:
+    kinds = {"str": str, "int": int, "float": (int, float), "dict": dict}
+    hints = get_type_hints(Manifest)
+    expected = {field.name: getattr(hints[field.name], "__name__", "dict") for field in fields(Manifest)}
+    wrong = sorted(expected.keys() ^ record.keys()) or sorted(
+        name
+        for name, kind in expected.items()
+        if not isinstance(record[name], kinds[kind]) or isinstance(record[name], bool)  # type: ignore[arg-type]
+    )
+    if wrong:
+        raise EngineError(f"{path}: its manifest is wrong at {', '.join(wrong)}. Export it again.")

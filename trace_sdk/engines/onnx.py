@@ -1,0 +1,145 @@
+"""Engine files on onnxruntime.
+
+The graph: input `image` uint8 [batch, height, width, 3] RGB; output `edge_probability` float32
+[batch, height, width] in [0, 1]. Everything else about it is in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from trace_sdk.engines.manifest import Manifest, verify_seal
+from trace_sdk.errors import ArgumentError, DeviceError, EngineError
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
+
+
+class OnnxEngine:
+    """One verified engine on one device. Safe to call from many threads: answers are made one after another.
+
+    On a CPU the images of a batch run one by one: as fast there, a fraction of the memory, and each answer is
+    bit for bit the one that the image gets alone.
+    """
+
+    def __init__(self, model: bytes, source: str, device: str = "auto") -> None:
+        """Args: `model` the file's bytes, `source` its name for messages, `device` as in `open_engine`."""
+        number = _device_number(device)
+        self.sha256 = verify_seal(model, source)
+        self._source = source
+        self._session, self.device, self.device_reason = _open_session(model, source, device, number)
+        self.provider = self._session.get_providers()[0]
+        self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, source)
+        _check_graph(self._session, source)
+        self._one_at_a_time = threading.Lock()
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
+        with self._one_at_a_time:
+            if self.provider == CPU and len(batch) > 1:
+                return np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
+            return self._run(batch)
+
+    def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            (answer,) = self._session.run(["edge_probability"], {"image": np.ascontiguousarray(batch)})
+        # onnxruntime's exceptions share no base class of their own.
+        except Exception as error:
+            raise EngineError(
+                f"{self._source}: failed on {self.device} with input {batch.shape} ({_first_line(error)}). "
+                "Try a smaller size, or another device."
+            ) from error
+        if answer.shape != batch.shape[:3]:
+            raise EngineError(f"{self._source}: answered {answer.shape} to {batch.shape}. Export it again.")
+        low, high = float(answer.min()), float(answer.max())
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+            raise EngineError(
+                f"{self._source}: answered values from {low} to {high} on {self.device}, expected [0, 1]. "
+                "Export it again at a higher precision."
+            )
+        clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0)
+        return clipped
+
+
+def usable_cpus() -> int:
+    """CPU cores that this process may use: its affinity, and the quota of its control group (v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def _device_number(device: str) -> int:
+    match = re.fullmatch(r"cpu|auto|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if match is None:
+        raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    return int(match[1] or 0)
+
+
+def _open_session(
+    model: bytes, source: str, device: str, number: int
+) -> tuple[onnxruntime.InferenceSession, str, str]:
+    """The session, the device it runs on, and why there."""
+    available = onnxruntime.get_available_providers()
+    if device == "cpu":
+        return _session(model, source, [CPU]), "cpu", "asked for"
+    if CUDA not in available:
+        if device == "auto":
+            return _session(model, source, [CPU]), "cpu", "auto: this onnxruntime has no CUDA"
+        raise DeviceError(
+            f"device={device!r}: this onnxruntime has no CUDA. Both packages own one folder, so swap them: "
+            "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'; or use device='cpu'."
+        )
+    try:
+        session = _session(model, source, [(CUDA, {"device_id": number}), CPU])
+        first = session.get_providers()[0]
+        reason = "CUDA did not start"
+    except EngineError as error:
+        if device != "auto":
+            raise DeviceError(f"device={device!r} cannot be used: {error}") from error
+        first, reason = "", str(error)
+    if first == CUDA:
+        return session, f"cuda:{number}", "auto: CUDA works" if device == "auto" else "asked for"
+    if device == "auto":
+        return _session(model, source, [CPU]), "cpu", f"auto: {reason}"
+    raise DeviceError(
+        f"device={device!r}: onnxruntime has CUDA but could not start it. Check the driver (nvidia-smi) and "
+        "the CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'); or use device='cpu'."
+    )
+
+
+def _session(
+    model: bytes, source: str, providers: list[str | tuple[str, dict[str, int]]]
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cpus()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=providers)
+    # onnxruntime's exceptions share no base class of their own.
+    except Exception as error:
+        raise EngineError(
+            f"{source}: onnxruntime {onnxruntime.__version__} cannot load it ({_first_line(error)}). "
+            "Update onnxruntime, or export the engine again."
+        ) from error
+
+
+def _check_graph(session: onnxruntime.InferenceSession, source: str) -> None:
+    ends = [*session.get_inputs(), *session.get_outputs()]
+    said = [(value.name, value.type, len(value.shape)) for value in ends]
+    if said != [("image", "tensor(uint8)", 4), ("edge_probability", "tensor(float)", 3)]:
+        raise EngineError(f"{source}: its graph has other inputs and outputs: {said}. Export it again.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

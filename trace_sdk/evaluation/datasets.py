@@ -1,0 +1,271 @@
+"""Photos with human boundaries, read from the three layouts in which such sets come.
+
+COCO instances    FOLDER/instances.json, FOLDER/images/*          instance edges (Lin et al., ECCV 2014)
+BSDS500           FOLDER/groundTruth/**/*.mat, FOLDER/images/**/* contours (Arbelaez et al., TPAMI 2011)
+instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scenes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trace_sdk.errors import DatasetError
+
+_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_IDS = ".ids.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One photo and what people marked in it.
+
+    name: file stem of the photo. rgb: uint8 [H, W, 3]. boundaries: one bool [H, W] for each annotator, at
+    least one, lines one pixel wide.
+    """
+
+    name: str
+    rgb: NDArray[np.uint8]
+    boundaries: tuple[NDArray[np.bool_], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples in a fixed order, each read from disk when it is asked for.
+
+    name: of the folder. path: the folder. kind: "coco", "bsds" or "ids". names: of the samples.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    names: tuple[str, ...]
+    read: Callable[[str], Sample]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.read, self.names)
+
+    def first(self, limit: int | None) -> Dataset:
+        """The same set cut to its first `limit` samples; None: all."""
+        return Dataset(self.name, self.path, self.kind, self.names[:limit], self.read)
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open a folder in one of the three layouts above, told by what lies in it.
+
+    Samples are read lazily; a malformed file raises DatasetError when its sample is read.
+
+    Raises:
+        DatasetError: not a folder, none of the layouts, empty, or an instances.json that is malformed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder. Give the folder of a data set.")
+    if (folder / "instances.json").is_file():
+        return _open_coco(folder)
+    if (folder / "groundTruth").is_dir():
+        return _open_bsds(folder)
+    if any(folder.glob(f"*{_IDS}")):
+        return _open_ids(folder)
+    raise DatasetError(
+        f"{folder} holds no data set that is known here: neither instances.json and images/, nor "
+        "groundTruth/*.mat and images/, nor pairs NAME.png and NAME.ids.png."
+    )
+
+
+def instance_boundaries(ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Boundaries of an instance map, one pixel wide.
+
+    A pixel is boundary where its id differs from that of its right or lower neighbour; then thinned. The
+    border of the image is no boundary.
+
+    Args:
+        ids: integer [H, W], 0 = background.
+
+    Returns:
+        bool [H, W].
+    """
+    from skimage import morphology
+
+    edge = np.zeros(ids.shape, np.bool_)
+    edge[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+    edge[:-1] |= ids[:-1] != ids[1:]
+    return np.asarray(morphology.thin(edge), np.bool_)  # type: ignore[no-untyped-call]
+
+
+def _open_coco(folder: Path) -> Dataset:
+    """Masks are painted from large to small, so the smaller lies on top; crowd regions are left out."""
+    file = folder / "instances.json"
+    try:
+        content = json.loads(file.read_bytes())
+        images = {int(image["id"]): image for image in content["images"]}
+        names = {Path(str(image["file_name"])).stem: image for image in images.values()}
+        marked: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd", 0):
+                marked[int(annotation["image_id"])].append(annotation)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"{file} is not a COCO instances file ({_short(error)}). Download it again."
+        ) from error
+    if len(names) != len(content["images"]):
+        raise DatasetError(f"{file} lists two images of one name or id. Give each image its own.")
+
+    def read(name: str) -> Sample:
+        image = names[name]
+        rgb = _read_rgb(folder / "images" / Path(str(image["file_name"])).name)
+        height, width = rgb.shape[:2]
+        if (image.get("height", height), image.get("width", width)) != (height, width):
+            raise DatasetError(
+                f"{file}: image {name} is {image['width']}x{image['height']} there, its photo "
+                f"is {width}x{height}. Use the photos the annotations were made for."
+            )
+        masks = [_decode_mask(a, height, width, file) for a in marked[int(image["id"])]]
+        ids = np.zeros((height, width), np.int32)
+        for number, mask in enumerate(sorted(masks, key=lambda mask: -int(mask.sum())), start=1):
+            ids[mask] = number
+        return Sample(name, rgb, (instance_boundaries(ids),))
+
+    return _filled(Dataset(folder.resolve().name, folder, "coco", tuple(sorted(names)), read))
+
+
+def _decode_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
+    from pycocotools import mask as codec
+
+    shape = annotation.get("segmentation")
+    where = f"{file}: annotation {annotation.get('id')}"
+    try:
+        if isinstance(shape, list):
+            parts = codec.frPyObjects(_polygons(shape, height, width), height, width)
+        else:
+            parts = [_run_lengths(shape, height, width)]
+        mask = codec.decode(codec.merge(parts))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(
+            f"{where} has no readable mask ({_short(error)}). Correct or remove it."
+        ) from error
+    return np.asarray(mask, np.bool_)
+
+
+def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
+    polygons = [[float(value) for value in polygon] for polygon in shape]
+    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon needs at least three x, y pairs")
+    # The decoder allocates by coordinates, so wild ones must not reach it.
+    far = 2 * max(height, width)
+    if not all(math.isfinite(value) and abs(value) <= far for polygon in polygons for value in polygon):
+        raise ValueError("a polygon lies far outside the image")
+    return polygons
+
+
+def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
+    from pycocotools import mask as codec
+
+    if [int(side) for side in shape["size"]] != [height, width]:
+        raise ValueError(f"its size is {shape['size']}, the image's is {[height, width]}")
+    counts = shape["counts"]
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode("ascii")}
+    # The decoder writes past its buffer when the runs are longer than the image.
+    if any(int(count) < 0 for count in counts) or sum(int(count) for count in counts) != height * width:
+        raise ValueError("its run lengths do not add up to the image")
+    encoded: dict[str, Any] = codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return encoded
+
+
+def _open_bsds(folder: Path) -> Dataset:
+    """The photo of groundTruth/a/b.mat is images/a/b.jpg; without a photo the file is an error."""
+    truths, photos = folder / "groundTruth", folder / "images"
+    files = {file.stem: file for file in sorted(truths.rglob("*.mat"))}
+
+    def read(name: str) -> Sample:
+        file = files[name]
+        rgb = _read_rgb(_find_photo(photos / file.relative_to(truths).parent, name))
+        boundaries = _read_bsds_boundaries(file)
+        for boundary in boundaries:
+            if boundary.shape != rgb.shape[:2]:
+                raise DatasetError(
+                    f"{file} marks boundaries of size {list(boundary.shape)}, its photo is "
+                    f"{list(rgb.shape[:2])}. Use the photo that belongs to it."
+                )
+        return Sample(name, rgb, boundaries)
+
+    return _filled(Dataset(folder.resolve().name, folder, "bsds", tuple(sorted(files)), read))
+
+
+def _read_bsds_boundaries(file: Path) -> tuple[NDArray[np.bool_], ...]:
+    from scipy.io import loadmat
+
+    try:
+        cells = loadmat(file, variable_names=["groundTruth"])["groundTruth"]
+        boundaries = tuple(np.asarray(cell["Boundaries"][0, 0]) for cell in cells.ravel())
+    # loadmat lets any error of its parsers through: zlib, struct, index, memory and more.
+    except Exception as error:
+        raise DatasetError(
+            f"{file} is not a BSDS500 ground truth ({_short(error)}). Download it again."
+        ) from error
+    if not boundaries or any(b.ndim != 2 or b.dtype.kind not in "bui" for b in boundaries):
+        raise DatasetError(f"{file} has no boundary maps [H, W] of integers. Download it again.")
+    return tuple(boundary > 0 for boundary in boundaries)
+
+
+def _open_ids(folder: Path) -> Dataset:
+    def read(name: str) -> Sample:
+        file = folder / f"{name}{_IDS}"
+        rgb = _read_rgb(_find_photo(folder, name))
+        ids = _read(file)
+        if ids.ndim != 2 or ids.dtype.kind not in "bui":
+            raise DatasetError(
+                f"{file} is not a grey PNG of 8 or 16 bit with one id for each pixel. Write it again."
+            )
+        if ids.shape != rgb.shape[:2]:
+            raise DatasetError(
+                f"{file} is {list(ids.shape)}, its image is {list(rgb.shape[:2])}. Write both alike."
+            )
+        return Sample(name, rgb, (instance_boundaries(ids.astype(np.int64)),))
+
+    names = tuple(sorted(file.name.removesuffix(_IDS) for file in folder.glob(f"*{_IDS}")))
+    return _filled(Dataset(folder.resolve().name, folder, "ids", names, read))
+
+
+def _filled(dataset: Dataset) -> Dataset:
+    if not dataset.names:
+        raise DatasetError(f"{dataset.path} holds no annotated image. Check that the data set is whole.")
+    return dataset
+
+
+def _find_photo(folder: Path, name: str) -> Path:
+    for suffix in _PHOTO_SUFFIXES:
+        if (file := folder / f"{name}{suffix}").is_file():
+            return file
+    raise DatasetError(f"{folder / name}.jpg is missing. Put the photo there, or remove its annotation.")
+
+
+def _read_rgb(file: Path) -> NDArray[np.uint8]:
+    # Annotations refer to the pixels as stored, so EXIF orientation is left alone.
+    return _read(file, "RGB")
+
+
+def _read(file: Path, mode: str | None = None) -> NDArray[Any]:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert(mode) if mode else image)
+    # Pillow's decoders raise errors of many kinds on damaged files.
+    except Exception as error:
+        raise DatasetError(f"{file} cannot be read ({_short(error)}). Put the whole file there.") from error
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,265 @@
+"""ODS, OIS, AP and clDice of soft edge maps by the protocol of the Berkeley segmentation benchmark.
+
+Source: Arbelaez et al., TPAMI 2011, section 3.1, and its benchmark code; clDice after Shit et al., CVPR 2021,
+eq. 1–3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trace_sdk.errors import ArgumentError
+from trace_sdk.evaluation.matching import BoundaryMatcher
+
+MAX_DIST = 0.0075  # share of the image diagonal within which two boundary pixels may correspond
+THRESHOLDS = 99
+_STEPS_BETWEEN_THRESHOLDS = 100
+
+
+@dataclass(frozen=True)
+class EdgeCounts:
+    """Boundary pixels of one image (or, added up, of a data set) at T thresholds; each field is int64 [T]."""
+
+    predicted: NDArray[np.int64]  # pixels of the thinned binary prediction
+    predicted_matched: NDArray[np.int64]  # of these, matched one-to-one to at least one annotator
+    predicted_near: NDArray[np.int64]  # of these, within the tolerance of any annotator's boundary
+    truth: NDArray[np.int64]  # boundary pixels, summed over annotators
+    truth_matched: NDArray[np.int64]
+    truth_near: NDArray[np.int64]
+
+    def __add__(self, other: EdgeCounts) -> EdgeCounts:
+        return EdgeCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """float64 [T] in [0, 1]; 0 where there is nothing to find."""
+        return self.truth_matched / np.maximum(self.truth, 1)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """float64 [T] in [0, 1]; 0 where nothing is predicted."""
+        return self.predicted_matched / np.maximum(self.predicted, 1)
+
+    @property
+    def cldice(self) -> NDArray[np.float64]:
+        """float64 [T] in [0, 1]; harmonic mean of the near shares of prediction and truth."""
+        return harmonic_mean(
+            self.predicted_near / np.maximum(self.predicted, 1), self.truth_near / np.maximum(self.truth, 1)
+        )
+
+    def at(self, index: int) -> EdgeCounts:
+        """The counts at one threshold, each int64 [1]."""
+        return EdgeCounts(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Scores of one method on one data set.
+
+    ods: best F-measure at one threshold for the whole set, between thresholds interpolated as in the
+    benchmark code. ois: F-measure of the counts added up at each image's own best threshold. ap: area under
+    the precision-recall curve, see `average_precision`. cldice: see `count_edges`; at the evaluated threshold
+    of best F-measure, counts added up over the set. threshold, precision, recall: where `ods` was reached,
+    each in [0, 1]. images: how many images. seconds: median time of the method for one image, None if it was
+    read from files. thresholds: how many were tried. max_dist: tolerance as a share of the image diagonal.
+    """
+
+    ods: float
+    ois: float
+    ap: float
+    cldice: float
+    threshold: float
+    precision: float
+    recall: float
+    images: int
+    thresholds: int
+    max_dist: float
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and values, ready for JSON."""
+        return asdict(self)
+
+
+def threshold_values(count: int = THRESHOLDS) -> NDArray[np.float32]:
+    """float32 [count]: k / (count + 1) for k = 1 … count, so 0.01 … 0.99 for the standard 99.
+
+    Raises:
+        ArgumentError: `count` < 1.
+    """
+    if count < 1:
+        raise ArgumentError(f"thresholds is {count}; give at least 1 (the benchmark uses {THRESHOLDS}).")
+    return (np.arange(1, count + 1) / (count + 1)).astype(np.float32)
+
+
+def count_edges(
+    probability: NDArray[np.float32],
+    boundaries: Sequence[NDArray[np.bool_]],
+    *,
+    thresholds: int = THRESHOLDS,
+    max_dist: float = MAX_DIST,
+) -> EdgeCounts:
+    """Match one edge map to all annotators at every threshold.
+
+    At each threshold the binary map `probability ≥ threshold` is thinned morphologically (Guo and Hall 1989,
+    as in the benchmark) and matched to each annotator in turn. A predicted pixel counts as matched when any
+    annotator has a partner for it; true pixels count once for each annotator.
+
+    clDice here: the skeleton of the prediction S_P is the thinned binary map, the skeleton of the truth S_L
+    the annotator's boundary as given, and the masks V_P and V_L are these skeletons dilated by the tolerance.
+    So topology precision |S_P ∩ V_L| / |S_P| is the share of predicted pixels with a true pixel of any
+    annotator within the tolerance, topology sensitivity |S_L ∩ V_P| / |S_L| the share of true pixels, summed
+    over annotators, with a predicted one within it (both without one-to-one matching), and clDice is their
+    harmonic mean.
+
+    Args:
+        probability: float [H, W] in [0, 1], soft edge map, usually after `trace_sdk.edge_map.thin`.
+        boundaries: one bool [H, W] map for each annotator, lines one pixel wide, at least one map.
+        thresholds: how many, see `threshold_values`.
+        max_dist: tolerance as a share of the image diagonal, > 0.
+
+    Returns:
+        The counts at each threshold.
+
+    Raises:
+        ArgumentError: an array has the wrong shape, dtype or range, or `boundaries` is empty.
+    """
+    from skimage.morphology import thin
+
+    _check(probability, boundaries, max_dist)
+    radius = max_dist * math.hypot(*probability.shape)
+    matchers = [BoundaryMatcher(boundary, radius) for boundary in boundaries]
+    truth = sum(int(np.count_nonzero(boundary)) for boundary in boundaries)
+    rows: list[tuple[int, ...]] = []
+    previous, selected = (0, 0, 0, truth, 0, 0), 0
+    # From the top down the binary map only grows: same number of pixels, same map, same counts.
+    for threshold in threshold_values(thresholds)[::-1]:
+        binary = probability >= threshold
+        if (size := int(np.count_nonzero(binary))) != selected:
+            selected = size
+            previous = _count_binary(thin(binary), matchers, truth)  # type: ignore[no-untyped-call]
+        rows.append(previous)
+    return EdgeCounts(*np.array(rows[::-1], np.int64).T)
+
+
+def score_edges(
+    counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, seconds: float | None = None
+) -> EdgeScores:
+    """The scores of a data set from the counts of its images (at least one, all at the same thresholds).
+
+    Raises:
+        ArgumentError: no counts, or counts at different numbers of thresholds.
+    """
+    if len({len(c.predicted) for c in counts}) != 1:
+        raise ArgumentError(
+            "Scores need the counts of at least one image, all at the same number of thresholds."
+        )
+    total = counts[0]
+    for image in counts[1:]:
+        total = total + image
+    values = threshold_values(len(total.predicted)).astype(np.float64)
+    ods, threshold, recall, precision = best_f(values, total.recall, total.precision)
+    own_best = [image.at(int(np.argmax(harmonic_mean(image.precision, image.recall)))) for image in counts]
+    best = own_best[0]
+    for image in own_best[1:]:
+        best = best + image
+    return EdgeScores(
+        ods=ods,
+        ois=float(harmonic_mean(best.precision, best.recall)[0]),
+        ap=average_precision(total),
+        cldice=float(total.cldice[np.argmax(harmonic_mean(total.precision, total.recall))]),
+        threshold=threshold,
+        precision=precision,
+        recall=recall,
+        images=len(counts),
+        thresholds=len(values),
+        max_dist=max_dist,
+        seconds=seconds,
+    )
+
+
+def best_f(
+    thresholds: NDArray[np.float64], recall: NDArray[np.float64], precision: NDArray[np.float64]
+) -> tuple[float, float, float, float]:
+    """Best F-measure along a curve of T points, each float64 [T], interpolated linearly between neighbours.
+
+    Returns:
+        F-measure, threshold, recall and precision there (the benchmark's `maxF`, 100 steps between
+        neighbours).
+    """
+    curve = np.stack([thresholds, recall, precision])  # [3, T]
+    if curve.shape[1] > 1:
+        share = np.linspace(0, 1, _STEPS_BETWEEN_THRESHOLDS)
+        between = curve[:, :-1, None] * (1 - share) + curve[:, 1:, None] * share
+        curve = between.reshape(3, -1)
+    f = harmonic_mean(curve[2], curve[1])
+    best = int(np.argmax(f))
+    return float(f[best]), float(curve[0, best]), float(curve[1, best]), float(curve[2, best])
+
+
+def average_precision(counts: EdgeCounts) -> float:
+    """Area under the precision-recall curve, in [0, 1].
+
+    Precision is interpolated linearly between the measured recalls (the highest precision where several
+    thresholds give the same recall) and averaged over recall 0, 0.01, …, 1. Above the highest measured recall
+    it is 0. Below the lowest it stays as it is there, which dropping edges at random from that map would
+    give; the benchmark code has 0 there, which would punish maps whose values crowd at 1.
+    """
+    made = counts.predicted > 0
+    if not made.any():
+        return 0.0
+    recall, precision = counts.recall[made], counts.precision[made]
+    levels, position = np.unique(recall, return_inverse=True)
+    heights = np.zeros(len(levels))
+    np.maximum.at(heights, position, precision)
+    return float(np.interp(np.linspace(0, 1, 101), levels, heights, right=0.0).mean())
+
+
+def harmonic_mean(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """2ab / (a + b), elementwise, 0 where both are 0: F-measure from precision and recall."""
+    return 2 * a * b / np.maximum(a + b, np.finfo(np.float64).tiny)
+
+
+def _count_binary(
+    predicted: NDArray[np.bool_], matchers: Sequence[BoundaryMatcher], truth: int
+) -> tuple[int, int, int, int, int, int]:
+    matchings = [matcher.match(predicted) for matcher in matchers]
+    return (
+        int(np.count_nonzero(predicted)),
+        int(np.count_nonzero(np.logical_or.reduce([m.predicted_matched for m in matchings]))),
+        int(np.count_nonzero(np.logical_or.reduce([m.predicted_near for m in matchings]))),
+        truth,
+        sum(int(np.count_nonzero(m.truth_matched)) for m in matchings),
+        sum(int(np.count_nonzero(m.truth_near)) for m in matchings),
+    )
+
+
+def _check(
+    probability: NDArray[np.float32], boundaries: Sequence[NDArray[np.bool_]], max_dist: float
+) -> None:
+    if probability.ndim != 2 or not np.issubdtype(probability.dtype, np.floating):
+        raise ArgumentError(
+            f"The edge map is {probability.dtype} {list(probability.shape)}; give a float array [H, W]."
+        )
+    if not (np.isfinite(probability).all() and probability.min() >= 0 and probability.max() <= 1):
+        raise ArgumentError("The edge map has values that are not in [0, 1]; scale it, and remove NaN.")
+    if not boundaries:
+        raise ArgumentError(
+            "There is no boundary map to compare with; give one bool [H, W] map for each annotator."
+        )
+    for boundary in boundaries:
+        if boundary.shape != probability.shape:
+            raise ArgumentError(
+                f"The edge map is {list(probability.shape)} but a boundary map is {list(boundary.shape)}; "
+                "make the edge map as large as the image."
+            )
+    if not 0 < max_dist < 1:
+        raise ArgumentError(
+            f"max_dist is {max_dist}; give a share of the image diagonal, for example {MAX_DIST}."
+        )

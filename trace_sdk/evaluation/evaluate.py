@@ -1,0 +1,203 @@
+"""One method over one data set: edge maps, matching in processes, a cache that lets a cut run go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trace_sdk.atomic import write_text
+from trace_sdk.edge_map import EdgeMap
+from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.evaluation.datasets import Dataset, Sample
+from trace_sdk.evaluation.edges import (
+    MAX_DIST,
+    THRESHOLDS,
+    EdgeCounts,
+    EdgeScores,
+    count_edges,
+    score_edges,
+)
+from trace_sdk.evaluation.methods import EdgeFolder, Method
+
+_PROTOCOL = "1"  # part of every cache key; raise it when the counting changes
+
+Result = tuple[EdgeCounts, float | None]
+
+
+def evaluate(
+    dataset: Dataset,
+    method: Method,
+    *,
+    thresholds: int = THRESHOLDS,
+    max_dist: float = MAX_DIST,
+    workers: int = 1,
+    cache: str | Path | None = None,
+    on_image: Callable[[str], None] = lambda name: None,
+) -> EdgeScores:
+    """Score one method on one data set; every method goes through the same thinning and matching.
+
+        from trace_sdk.evaluation import datasets, evaluate, methods
+        scores = evaluate.evaluate(datasets.open_dataset("coco_val/"), methods.BASELINES[0])
+
+    Args:
+        dataset: samples with rgb uint8 [H, W, 3] and boundaries bool [H, W], see `open_dataset`.
+        method: answers each sample with float32 [H, W] in [0, 1].
+        thresholds: how many, see `edges.threshold_values`.
+        max_dist: tolerance of the matching as a share of the image diagonal.
+        workers: processes for the matching; with 1 it runs in this one. The method itself always runs in this
+            process, one image at a time; its time is measured while the matching runs beside it.
+        cache: folder with one small JSON file for each image done, named by the hash of everything it depends
+        on. on_image: called with the name of each image when it is done.
+
+    Returns:
+        The scores of the whole set.
+
+    Raises:
+        DatasetError: a sample or an edge map is missing or malformed.
+        ArgumentError: an argument is out of range, or the method's answer has a wrong shape or range.
+        OutputError: the cache cannot be written.
+    """
+    if workers < 1:
+        raise ArgumentError(f"workers is {workers}; give at least 1.")
+    if isinstance(method, EdgeFolder):
+        method.check(dataset)
+    with _matching(workers) as submit:
+        waiting: deque[tuple[str, Future[Result]]] = deque()
+        results: list[Result] = []
+
+        def collect() -> None:
+            name, future = waiting.popleft()
+            results.append(future.result())
+            on_image(name)
+
+        for sample in dataset:
+            file = _cache_file(cache, dataset, sample, method, thresholds, max_dist)
+            if (known := _load(file)) is not None:
+                future: Future[Result] = Future()
+                future.set_result(known)
+            else:
+                edges, seconds = _run(dataset, sample, method)
+                future = submit(edges, sample.boundaries, thresholds, max_dist, seconds, file)
+            waiting.append((sample.name, future))
+            while len(waiting) > 2 * workers:
+                collect()
+        while waiting:
+            collect()
+    times = [seconds for _, seconds in results if seconds is not None]
+    return score_edges(
+        [counts for counts, _ in results], max_dist, statistics.median(times) if times else None
+    )
+
+
+def annotator_agreement(dataset: Dataset, *, max_dist: float = MAX_DIST) -> float | None:
+    """How well people agree: F-measure of each annotator against all others of the image, in [0, 1].
+
+    Counts are added up over annotators and images; None where no image has two annotators. This is the
+    upper bound that the benchmark draws as "human" (Arbelaez et al., TPAMI 2011, figure 1).
+    """
+    counts = [
+        count_edges(own.astype(np.float32), sample.boundaries[:i] + sample.boundaries[i + 1 :], thresholds=1)
+        for sample in dataset
+        if len(sample.boundaries) > 1
+        for i, own in enumerate(sample.boundaries)
+    ]
+    return score_edges(counts, max_dist).ods if counts else None
+
+
+def thin_ridges(edges: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The thinning that every method's map goes through: `EdgeMap.thin` at its own size; float32 [H, W]."""
+    height, width = edges.shape
+    blank = np.zeros((height, width, 3), np.uint8)
+    return EdgeMap(edges.astype(np.float32), blank, info={"network_size": (width, height)}).thin()
+
+
+def _run(dataset: Dataset, sample: Sample, method: Method) -> tuple[NDArray[np.float32], float | None]:
+    start = time.perf_counter()
+    edges = method.edges(dataset, sample)
+    seconds = time.perf_counter() - start
+    if edges.shape != sample.rgb.shape[:2]:
+        raise ArgumentError(
+            f"{method.name} gave an edge map {list(edges.shape)} for {sample.name}, which is "
+            f"{list(sample.rgb.shape[:2])}; edge maps must be as large as the photo."
+        )
+    return edges, seconds if method.timed else None
+
+
+def _count(
+    edges: NDArray[np.float32],
+    boundaries: tuple[NDArray[np.bool_], ...],
+    thresholds: int,
+    max_dist: float,
+    seconds: float | None,
+    file: Path | None,
+) -> Result:
+    counts = count_edges(thin_ridges(edges), boundaries, thresholds=thresholds, max_dist=max_dist)
+    if file is not None:
+        columns = {name: values.tolist() for name, values in asdict(counts).items()}
+        write_text(file, json.dumps({"seconds": seconds, "counts": columns}))
+    return counts, seconds
+
+
+@contextmanager
+def _matching(workers: int) -> Iterator[Callable[..., Future[Result]]]:
+    """A function like `_count` that answers with a future."""
+    if workers == 1:
+
+        def at_once(*arguments: object) -> Future[Result]:
+            future: Future[Result] = Future()
+            future.set_result(_count(*arguments))  # type: ignore[arg-type]
+            return future
+
+        yield at_once
+        return
+    # Forking a process that runs onnxruntime's threads can hang.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield lambda *arguments: pool.submit(_count, *arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cache_file(
+    cache: str | Path | None,
+    dataset: Dataset,
+    sample: Sample,
+    method: Method,
+    thresholds: int,
+    max_dist: float,
+) -> Path | None:
+    if cache is None:
+        return None
+    digest = hashlib.sha256()
+    facts = [_PROTOCOL, method.fingerprint(dataset, sample), thresholds, max_dist, sample.rgb.shape]
+    digest.update(json.dumps(facts).encode())
+    digest.update(sample.rgb.tobytes())
+    for boundary in sample.boundaries:
+        digest.update(np.packbits(boundary).tobytes())
+    return Path(cache) / dataset.name / f"{sample.name}-{digest.hexdigest()[:24]}.json"
+
+
+def _load(file: Path | None) -> Result | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_bytes())
+        seconds = stored["seconds"]
+        counts = EdgeCounts(
+            **{f.name: np.array(stored["counts"][f.name], np.int64) for f in fields(EdgeCounts)}
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{file} is not a cached result. Delete it and run again.") from error
+    return counts, seconds

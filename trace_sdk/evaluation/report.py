@@ -1,0 +1,165 @@
+"""One table of all methods on all data sets, as JSON, as Markdown and on the screen, with what made it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+
+from trace_sdk import __version__
+from trace_sdk.atomic import write_text
+from trace_sdk.evaluation.datasets import Dataset
+from trace_sdk.evaluation.edges import MAX_DIST, THRESHOLDS, EdgeScores
+
+COLUMNS = ("ODS", "OIS", "AP", "clDice", "images", "s/image")
+_LIBRARIES = ("numpy", "scipy", "scikit-image", "pillow", "pycocotools", "onnxruntime", "torch")
+
+
+@dataclass
+class Report:
+    """Scores by method and data set, filled in as they come.
+
+    rows: method → data set → scores. missing: method → why it was not measured. agreement: data set →
+    F-measure of each annotator against the others.
+    """
+
+    thresholds: int = THRESHOLDS
+    max_dist: float = MAX_DIST
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, dict[str, EdgeScores]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    def add_dataset(self, dataset: Dataset) -> None:
+        """Give the table a group of columns for `dataset`."""
+        about = {"path": str(dataset.path), "kind": dataset.kind, "images": len(dataset)}
+        self.datasets[dataset.name] = about
+
+    def add(self, dataset: Dataset, method: str, scores: EdgeScores) -> None:
+        """Fill one cell."""
+        self.rows.setdefault(method, {})[dataset.name] = scores
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "provenance": provenance(self.thresholds, self.max_dist),
+            "datasets": self.datasets,
+            "annotators": self.agreement,
+            "methods": {
+                name: {dataset: scores.to_dict() for dataset, scores in row.items()}
+                for name, row in self.rows.items()
+            },
+            "not_measured": self.missing,
+        }
+
+    def to_markdown(self) -> str:
+        """A Markdown table, then the provenance."""
+        header = ["method", *(f"{name} {column}" for name in self.datasets for column in COLUMNS)]
+        groups = [self._cells(name) for name in self.datasets]
+        rows = [
+            [row[0][0], *(cell for _, cells in row for cell in cells)] for row in zip(*groups, strict=True)
+        ]
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        facts = provenance(self.thresholds, self.max_dist)
+        about = [f"* {name}: {_text(value)}" for name, value in facts.items()]
+        table = [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join(["# Edge quality", "", *table, "", *about, ""])
+
+    def to_tables(self) -> list[Table]:
+        """The same for a rich console, one table a data set so that it fits 80 columns."""
+        tables = []
+        for name in self.datasets:
+            table = Table("method", *(Column(column, justify="right") for column in COLUMNS), title=name)
+            for method, cells in self._cells(name):
+                table.add_row(method, *cells)
+            tables.append(table)
+        return tables
+
+    def save(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write quality.json and quality.md into `folder`. Raises OutputError."""
+        json_file, markdown = Path(folder) / "quality.json", Path(folder) / "quality.md"
+        write_text(json_file, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_text(markdown, self.to_markdown())
+        return json_file, markdown
+
+    def _cells(self, dataset: str) -> list[tuple[str, list[str]]]:
+        """Method and cells of each row, the same rows for every data set."""
+        rest = [""] * (len(COLUMNS) - 1)
+        human = [("annotators", [_figure(self.agreement.get(dataset)), *rest])] if self.agreement else []
+        measured = [(method, _scores(row.get(dataset))) for method, row in self.rows.items()]
+        return [*human, *measured, *((method, [reason, *rest]) for method, reason in self.missing.items())]
+
+
+def provenance(thresholds: int, max_dist: float) -> dict[str, Any]:
+    """What made the figures: versions, commit, hardware, command, date, protocol."""
+    return {
+        "trace_sdk": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "hardware": {"machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()},
+        "command": shlex.join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "thresholds": thresholds,
+        "max_dist": max_dist,
+    }
+
+
+def _scores(scores: EdgeScores | None) -> list[str]:
+    if scores is None:
+        return ["-"] * len(COLUMNS)
+    quality = [_figure(value) for value in (scores.ods, scores.ois, scores.ap, scores.cldice)]
+    return [*quality, str(scores.images), _figure(scores.seconds)]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _text(value: object) -> str:
+    return (
+        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout this code runs from, "+changes" where files differ from it; None when installed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )

@@ -1,0 +1,38 @@
+"""The threshold of a student's edges, calibrated on the teacher's labels; no annotation takes part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trace_sdk.student.labelled_images import LabelledImages
+from trace_sdk.student.model import Student
+from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
+
+STEPS = 99
+
+
+@torch.inference_mode()
+def calibrate_threshold(student: Student, images: LabelledImages, size: int, crops: int = 48) -> float:
+    """The probability k/100 with the best F-measure against the labels' certain pixels, over crops of side `size`."""
+    device = next(student.parameters()).device
+    probabilities, truths = [], []
+    for step in range(crops // 4):
+        batch, labels = images.batch(-1 - step + (1 << 30), 4, size)  # steps that training never reaches
+        logits, _ = student(batch.to(device))
+        certain = labels != UNCERTAIN
+        probabilities.append(logits.cpu().sigmoid()[certain])
+        truths.append(labels[certain] == EDGE)
+    return best_threshold(torch.cat(probabilities), torch.cat(truths))
+
+
+def best_threshold(probability: Tensor, truth: Tensor) -> float:
+    """k/100 that gives the best F-measure of `probability ≥ k/100` against bool `truth`, both [n]."""
+    best, found = -1.0, 0.5
+    for k in range(1, STEPS + 1):
+        predicted = probability >= k / 100
+        overlap = float((predicted & truth).sum())
+        f_measure = 2 * overlap / max(1.0, float(predicted.sum() + truth.sum()))
+        if f_measure > best:
+            best, found = f_measure, k / 100
+    return found

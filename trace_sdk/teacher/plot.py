@@ -1,0 +1,93 @@
+"""One picture of what the teacher sees: KL curve, attention and ABDiv along t, labels (the paper's figures 1, 4, 7, 8)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trace_sdk.atomic import write_bytes
+from trace_sdk.errors import MissingExtraError
+from trace_sdk.teacher.boundary import abdiv
+from trace_sdk.teacher.teacher import Annotation, Teacher
+
+SHOWN = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
+EDGE_COLOUR, INTERIOR_COLOUR, UNCERTAIN_COLOUR = (240, 80, 60), (40, 90, 160), (200, 200, 200)
+
+
+def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: Path) -> None:
+    """Draw one photo's way through the teacher into a PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("--plot needs matplotlib: pip install 'trace-sdk[train]'.") from error
+
+    steps = along_t(teacher, rgb, SHOWN)
+    figure = Figure(figsize=(2.6 * len(SHOWN), 9.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(3, len(SHOWN), height_ratios=(1.3, 1, 1))
+    photo = figure.add_subplot(grid[0, :2])
+    photo.imshow(rgb)
+    photo.set_title("photo")
+    curve = figure.add_subplot(grid[0, 2:4])
+    if annotation.emergence:
+        emergence = annotation.emergence
+        curve.plot(emergence.timesteps, emergence.kl, marker="o", color="black")
+        curve.axvline(emergence.t_star, color="tab:red", label=f"t* = {emergence.t_star:g}")
+        curve.axvspan(*teacher.settings.window, color="tab:red", alpha=0.08, label="search window")
+        curve.legend()
+    curve.set(title="KL(SA(X$_{t_{prev}}$) ‖ SA(X$_t$))", xlabel="t", ylabel="nats")
+    labels = figure.add_subplot(grid[0, 4:6])
+    labels.imshow(colour_labels(annotation.labels), interpolation="nearest")
+    labels.set_title(f"labels: edge, interior ({annotation.rule}), uncertain")
+    for column, (t, (attention, divergence)) in enumerate(zip(SHOWN, steps, strict=True)):
+        top, bottom = figure.add_subplot(grid[1, column]), figure.add_subplot(grid[2, column])
+        top.imshow(attention)
+        top.set_title(f"attention PCA, t = {t:g}")
+        bottom.imshow(divergence, cmap="magma", vmax=float(np.quantile(divergence, 0.995)))
+        bottom.set_title(f"ABDiv, t = {t:g}")
+        for axes in (top, bottom):
+            axes.set_axis_off()
+    for axes in (photo, labels):
+        axes.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=70)
+    write_bytes(out, buffer.getvalue())
+
+
+@torch.inference_mode()
+def along_t(
+    teacher: Teacher, rgb: NDArray[np.uint8], timesteps: tuple[float, ...]
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """For each timestep: attention PCA as colours [H, W, 3] in [0, 1], and ABDiv [H, W]."""
+    images = teacher.prepare(rgb)
+    grid = teacher.backbone.token_grid((images.shape[-2], images.shape[-1]))
+    shown = []
+    for t, x_t in teacher.trajectory(images, teacher.noise_like(images), timesteps):
+        log_map = teacher.attention(x_t, t)
+        shown.append((attention_pca(log_map[0], grid), abdiv(log_map, grid)[0].cpu().numpy()))
+    return shown
+
+
+def attention_pca(log_map: torch.Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """First three principal components of the attention rows as RGB [H, W, 3] in [0, 1]."""
+    torch.manual_seed(0)
+    rows = log_map.exp().sqrt()  # square roots put distributions on a sphere, where PCA is at home
+    components, _, _ = torch.pca_lowrank(rows, q=3)
+    low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
+    colours = ((components - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return colours.view(*grid, 3).cpu().numpy()
+
+
+def colour_labels(labels: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Ternary labels [H, W] as colours [H, W, 3]: edge red, interior blue, uncertain grey."""
+    palette = np.array([INTERIOR_COLOUR, EDGE_COLOUR, UNCERTAIN_COLOUR], np.uint8)  # 0, 1, −1 as index
+    return palette[labels.astype(int)]
