@@ -14,8 +14,11 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# mypy does not follow package-dir, so it reads the package as it is installed: export/ inside trace_sdk/.
 types: $(VENV)/dev
-	$(VENV)/bin/mypy
+	rm -rf build
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	cd build/types && $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml -p trace_sdk
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -13,14 +13,14 @@ import onnx
 import onnxruntime
 import torch
 from torch.export import Dim
+from trace_sdk.export.graph import EngineGraph
+from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.verify import verify
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal
 from trace_sdk.errors import ArgumentError
-from trace_sdk.export.graph import EngineGraph
-from trace_sdk.export.precision import store_weights_in_fp16
-from trace_sdk.export.verify import verify
 from trace_sdk.student.model import Student
 
 OPSET = 18
@@ -72,7 +72,11 @@ def export_onnx(
         threshold=student.threshold,
         precision=precision,
         opset=OPSET,
-        producers={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        producers={
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
         quality=quality or {},
         parity=parity,
         licence=licence,
@@ -119,8 +123,10 @@ def _weights_sha256(student: Student) -> str:
 def _commit() -> str:
     """The commit of the source tree, or "" outside one."""
     found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return found.stdout.strip()
-
-

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 import torch
+from trace_sdk.export.graph import EngineGraph
 
 from trace_sdk.errors import ParityError
-from trace_sdk.export.graph import EngineGraph
 
 SHAPES = ((1, 64, 64), (1, 128, 72), (3, 96, 160))
 TOLERANCE = 1e-4

@@ -67,7 +67,7 @@ def test_the_record_of_these_tests_is_valid() -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "not a trace-sdk engine"),
+        ({}, "is not a trace-sdk engine"),
         ({"trace_sdk": "{"}, "cannot be read"),
         ({"trace_sdk": "[]"}, "cannot be read"),
         ({"trace_sdk": "{}"}, "cannot be read"),

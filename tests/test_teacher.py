@@ -1,5 +1,6 @@
 """The teacher end to end on a tiny real backbone: determinism, trajectories, label folders, resume."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_emergence_matches_an_independent_walk(tiny_backbone: PixelBackbone, pho
             tiny_backbone((1 - t) * images + t * noise, t, seen.append)
         blocks = [torch.softmax(a.query.double() @ a.key.double().mT * a.scale, -1).mean(1)[0] for a in seen]
         maps.append(torch.stack(blocks).mean(0).numpy())
-    expected = [np.mean((p * np.log(p / q)).sum(-1)) for p, q in zip(maps, maps[1:], strict=False)]
+    expected = [np.mean((p * np.log(p / q)).sum(-1)) for p, q in itertools.pairwise(maps)]
     np.testing.assert_allclose(teacher.annotate(photo).emergence.kl, expected, rtol=1e-3)
 
 
@@ -66,7 +67,9 @@ def test_per_head_form_resembles_the_averaged_one(tiny_backbone: PixelBackbone, 
 
 
 def test_several_timesteps_are_averaged_after_scaling(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
-    one, two = (Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6))
+    one, two = (
+        Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6)
+    )
     both = Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.2, 0.6))).annotate(photo)
     np.testing.assert_allclose(both.abdiv, (one / one.mean() + two / two.mean()) / 2, rtol=1e-4)
     assert both.emergence is None

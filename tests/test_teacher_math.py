@@ -18,7 +18,9 @@ from trace_sdk.teacher.pseudo_labels import ternary_labels
 SMOOTH, PEAKY, VERY_PEAKY = 1.2, 3.6, 12.0
 
 
-def attention(std: float, grid: tuple[int, int], heads: int = 3, width: int = 16, seed: int = 0, batch: int = 1) -> SelfAttention:
+def attention(
+    std: float, grid: tuple[int, int], heads: int = 3, width: int = 16, seed: int = 0, batch: int = 1
+) -> SelfAttention:
     """Random float32 Q and K whose scores have about this standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     query, key = torch.randn(2, batch, heads, grid[0] * grid[1], width, generator=generator).unbind(0)
@@ -84,7 +86,9 @@ def test_per_head_forms_against_the_formula(std: float) -> None:
                     both[:, axis * 3 + head, i, j] = kl64(p, q), kl64(p, q) + kl64(q, p)
     np.testing.assert_allclose(per_head_divergence(a, symmetric=False)[0], both[0], rtol=2e-3, atol=2e-4 * std)
     np.testing.assert_allclose(per_head_divergence(a, symmetric=True)[0], both[1], rtol=2e-3, atol=2e-4 * std)
-    np.testing.assert_allclose(abdiv_per_head(a)[0], both[0].reshape(2, 3, height, width).mean(1).sum(0), rtol=2e-3, atol=2e-4 * std)
+    np.testing.assert_allclose(
+        abdiv_per_head(a)[0], both[0].reshape(2, 3, height, width).mean(1).sum(0), rtol=2e-3, atol=2e-4 * std
+    )
 
 
 def test_per_head_form_is_never_below_the_averaged_form() -> None:
@@ -136,7 +140,9 @@ def test_permuting_heads_changes_nothing(order: list[int]) -> None:
     b = SelfAttention(0, a.query[:, order], a.key[:, order], a.grid, a.scale)
     torch.testing.assert_close(
         abdiv(log_mean_attention(a.query, a.key, a.scale), a.grid),
-        abdiv(log_mean_attention(b.query, b.key, b.scale), b.grid), atol=1e-4, rtol=1e-4,
+        abdiv(log_mean_attention(b.query, b.key, b.scale), b.grid),
+        atol=1e-4,
+        rtol=1e-4,
     )
     torch.testing.assert_close(abdiv_per_head(a), abdiv_per_head(b), atol=1e-4, rtol=1e-4)
 
@@ -148,11 +154,17 @@ def test_mirrored_attention_gives_mirrored_edges() -> None:
         0, *(x.unflatten(2, a.grid).flip(3).flatten(2, 3) for x in (a.query, a.key)), a.grid, a.scale
     )
     torch.testing.assert_close(
-        per_head_divergence(mirrored, symmetric=True), per_head_divergence(a, symmetric=True).flip(-1), atol=2e-4, rtol=1e-3
+        per_head_divergence(mirrored, symmetric=True),
+        per_head_divergence(a, symmetric=True).flip(-1),
+        atol=2e-4,
+        rtol=1e-3,
     )
     forward = abdiv64(softmax64(mirrored).mean(1)[0], a.grid, False)
     np.testing.assert_allclose(
-        abdiv(log_mean_attention(mirrored.query, mirrored.key, a.scale), a.grid)[0], forward, rtol=1e-3, atol=1e-5
+        abdiv(log_mean_attention(mirrored.query, mirrored.key, a.scale), a.grid)[0],
+        forward,
+        rtol=1e-3,
+        atol=1e-5,
     )
 
 
@@ -182,7 +194,9 @@ def test_average_over_blocks_of_two_grids() -> None:
     average.add(fine)
     average.add(SelfAttention(1, coarse.query, coarse.key, coarse.grid, coarse.scale))
     up = upsample_map(torch.from_numpy(softmax64(coarse).mean(1)).log(), (2, 2), (4, 4)).exp().numpy()
-    np.testing.assert_allclose(average.log_mean().exp().numpy(), (softmax64(fine).mean(1) + up) / 2, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        average.log_mean().exp().numpy(), (softmax64(fine).mean(1) + up) / 2, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_average_without_any_block_is_an_error() -> None:

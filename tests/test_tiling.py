@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_neighbours_share_at_least_the_overlap(length: int, tile: int, overlap: 
     overlap = min(overlap, tile - 1)
     tops = [w.top for w in tiles(length, 1, tile, overlap)]
     assert tops[0] == 0 and tops[-1] + min(tile, length) == length
-    assert all(0 < after - before <= tile - overlap for before, after in zip(tops, tops[1:], strict=False))
+    assert all(0 < after - before <= tile - overlap for before, after in pairwise(tops))
 
 
 def test_two_disagreeing_windows_leave_no_step() -> None:

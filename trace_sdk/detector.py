@@ -148,9 +148,7 @@ class EdgeDetector:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submitted(
-        self, images: Iterable[ImageInput], pool: ThreadPoolExecutor
-    ) -> Iterator[Future[_Prepared]]:
+    def _submitted(self, images: Iterable[ImageInput], pool: ThreadPoolExecutor) -> Iterator[Future[_Prepared]]:
         try:
             for index, image in enumerate(images):
                 yield pool.submit(self._prepare, image, f"image {index}")
@@ -206,9 +204,7 @@ class EdgeDetector:
 
         return np.stack([blend(pieces(pixels), height, width, overlap) for pixels in batch]), len(windows)
 
-    def _finish(
-        self, prepared: _Prepared, probability: NDArray[np.float32], network: float, pieces: int
-    ) -> EdgeMap:
+    def _finish(self, prepared: _Prepared, probability: NDArray[np.float32], network: float, pieces: int) -> EdgeMap:
         start = time.perf_counter()
         height, width = prepared.image.rgb.shape[:2]
         probability = np.ascontiguousarray(probability[: prepared.height, : prepared.width])

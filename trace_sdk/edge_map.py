@@ -163,9 +163,7 @@ def _thin(probability: NDArray[np.float32], magnification: float) -> NDArray[np.
     def across(sign: int) -> NDArray[np.float32]:
         # One step along the longer axis of the normal, `share` of a step along the other.
         ahead = np.where(steep, around[sign, 0], around[0, sign])
-        aside = np.where(
-            rising, around[sign, sign], np.where(steep, around[sign, -sign], around[-sign, sign])
-        )
+        aside = np.where(rising, around[sign, sign], np.where(steep, around[sign, -sign], around[-sign, sign]))
         mixed: NDArray[np.float32] = ahead + share * (aside - ahead)
         return mixed
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ImageInput: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | PIL.Image.Image "
-    "| NDArray[Any] | Tensor"
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | PIL.Image.Image | NDArray[Any] | Tensor"
 )
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -158,9 +157,7 @@ def _damage_reported(source: str) -> Iterator[None]:
     except ImageError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise ImageError(
-            f"{source}: has more than {MAX_PIXELS:,} pixels. Scale it down or cut it up."
-        ) from None
+        raise ImageError(f"{source}: has more than {MAX_PIXELS:,} pixels. Scale it down or cut it up.") from None
     # A decoder fed with damaged data raises anything: struct.error, KeyError, zlib.error, MemoryError…
     except Exception as error:
         raise ImageError(
@@ -282,9 +279,7 @@ def _from_tensor(tensor: Any, source: str) -> NDArray[np.uint8]:
     if tensor.device.type == "meta":
         raise ImageError(f"{source}: a tensor on the meta device has no values. Pass one with data.")
     if tensor.ndim == 4:
-        raise ImageError(
-            f"{source}: shape {shape} is a batch. Pass the images one by one, or use run_batch(tensor)."
-        )
+        raise ImageError(f"{source}: shape {shape} is a batch. Pass the images one by one, or use run_batch(tensor).")
     if tensor.ndim == 3 and shape[0] not in (1, 3, 4):
         hint = "Pass CxHxW or HxW."
         if shape[2] in (1, 3, 4):
@@ -306,6 +301,4 @@ def _check_size(height: int, width: int, source: str) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"{source}: {width}x{height} holds no pixels. Pass at least 1x1.")
     if height * width > MAX_PIXELS:
-        raise ImageError(
-            f"{source}: {width}x{height} has more than {MAX_PIXELS:,} pixels. Scale it down or cut it up."
-        )
+        raise ImageError(f"{source}: {width}x{height} has more than {MAX_PIXELS:,} pixels. Scale it down or cut it up.")

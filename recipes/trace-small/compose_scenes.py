@@ -1,7 +1,7 @@
 """Write composed scenes as files: to label for distillation, or with instance ids to evaluate on.
 
-    python recipes/trace-small/compose_scenes.py WORK/train OUT --count 400
-    python recipes/trace-small/compose_scenes.py WORK/held-out OUT --count 60 --ids
+python recipes/trace-small/compose_scenes.py WORK/train OUT --count 400
+python recipes/trace-small/compose_scenes.py WORK/held-out OUT --count 60 --ids
 """
 
 import argparse

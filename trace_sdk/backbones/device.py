@@ -8,7 +8,7 @@ from trace_sdk.errors import ArgumentError, DeviceError
 
 
 def torch_device(name: str) -> torch.device:
-    """"cpu", "cuda" or "cuda:N" as a device that is there.
+    """ "cpu", "cuda" or "cuda:N" as a device that is there.
 
     Raises:
         ArgumentError: another name.

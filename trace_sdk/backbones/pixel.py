@@ -94,7 +94,9 @@ class PixelBackbone(nn.Module):
 
         from trace_sdk.atomic import write_bytes, write_text
 
-        weights = {name: value.detach().half().cpu().contiguous() for name, value in self.transformer.state_dict().items()}
+        weights = {
+            name: value.detach().half().cpu().contiguous() for name, value in self.transformer.state_dict().items()
+        }
         write_bytes(Path(folder) / "diffusion_pytorch_model.safetensors", save(weights, {"format": "pt"}))
         write_text(Path(folder) / "config.json", self.transformer.to_json_string())
 

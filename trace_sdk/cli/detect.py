@@ -124,9 +124,7 @@ def command(
         raise click.exceptions.Exit(FAILED)
 
 
-def _summary(
-    milliseconds: list[float], failed: int, seconds: float, out: Path, info: dict[str, object]
-) -> str:
+def _summary(milliseconds: list[float], failed: int, seconds: float, out: Path, info: dict[str, object]) -> str:
     count = f"{len(milliseconds)} photo{'' if len(milliseconds) == 1 else 's'}"
     trouble = f", {failed} failed" if failed else ""
     speed = f"median {median(milliseconds):.0f} ms, " if milliseconds else ""

@@ -12,13 +12,36 @@ from trace_sdk.cli.console import output, progress
 @click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
 @click.argument("photos", type=click.Path(path_type=Path))
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
-@click.option("--backbone", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk pretrain` wrote.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the state and the student.")
+@click.option(
+    "--backbone",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder that `trace-sdk pretrain` wrote.",
+)
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the state and the student.",
+)
 @click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
-@click.option("--lora-from", default=0.5, show_default=True, help="Share of the steps that train the decoder alone, before LoRA joins.")
+@click.option(
+    "--lora-from",
+    default=0.5,
+    show_default=True,
+    help="Share of the steps that train the decoder alone, before LoRA joins.",
+)
 @click.option("--lora-rank", default=64, show_default=True, help="0 leaves the backbone as it is.")
 @click.option("--tokens", default=16 * 1024, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop).")
-@click.option("--size", "sizes", multiple=True, default=(192, 256, 320), show_default=True, help="Crop side in px; give several to mix.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    default=(192, 256, 320),
+    show_default=True,
+    help="Crop side in px; give several to mix.",
+)
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Of the decoder; LoRA takes a tenth.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")

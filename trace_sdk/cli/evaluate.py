@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.console import Advance, output, progress
 from trace_sdk.errors import ArgumentError
 
 
 @click.command("evaluate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and the cache."
-)
-@click.option(
-    "--engine", "engines", multiple=True, metavar="NAME|PATH", help="Bundled engine or .onnx; repeatable."
-)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and the cache.")
+@click.option("--engine", "engines", multiple=True, metavar="NAME|PATH", help="Bundled engine or .onnx; repeatable.")
 @click.option(
     "--edges",
     "folders",
@@ -29,9 +26,7 @@ from trace_sdk.errors import ArgumentError
 @click.option("--size", type=click.IntRange(16, 8192), help="Longest side that engines see, in pixels.")
 @click.option("--device", default="auto", show_default=True, help="Of engines: auto, cpu, cuda or cuda:N.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images of each data set.")
-@click.option(
-    "--thresholds", type=click.IntRange(1, 999), default=99, show_default=True, help="Fewer is faster."
-)
+@click.option("--thresholds", type=click.IntRange(1, 999), default=99, show_default=True, help="Fewer is faster.")
 @click.option(
     "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes that match pixels."
 )
@@ -79,9 +74,7 @@ def command(
     check_names(methods)
     sets = [open_dataset(path).first(limit) for path in datasets]
     if len({dataset.name for dataset in sets}) < len(sets):
-        raise ArgumentError(
-            "Two data sets have a folder of the same name. Rename one; the table goes by these names."
-        )
+        raise ArgumentError("Two data sets have a folder of the same name. Rename one; the table goes by these names.")
     for method in methods:
         if isinstance(method, EdgeFolder):
             for dataset in sets:
@@ -90,7 +83,9 @@ def command(
     report = Report(thresholds, missing=not_measured())
     for dataset in sets:
         report.add_dataset(dataset)
-        if (agreement := annotator_agreement(dataset)) is not None:
+        with progress(f"annotators on {dataset.name}", total=len(dataset)) as advance:
+            agreement = annotator_agreement(dataset, on_image=_naming(advance))
+        if agreement is not None:
             report.agreement[dataset.name] = agreement
         for method in methods:
             with progress(f"{method.name} on {dataset.name}", total=len(dataset)) as advance:
@@ -100,13 +95,17 @@ def command(
                     thresholds=thresholds,
                     workers=workers,
                     cache=out / "cache",
-                    on_image=lambda name, advance=advance: advance(note=name),  # type: ignore[misc]
+                    on_image=_naming(advance),
                 )
             report.add(dataset, method.name, scores)
     json_file, markdown = report.save(out)
     for table in report.to_tables():
         output.print(table)
     output.print(f"Written: {json_file}, {markdown}", markup=False, soft_wrap=True)
+
+
+def _naming(advance: Advance) -> Callable[[str], None]:
+    return lambda name: advance(note=name)
 
 
 def _named_folder(argument: str) -> tuple[str, Path]:

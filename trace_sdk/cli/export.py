@@ -14,9 +14,24 @@ from trace_sdk.cli.console import output
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine file, ending in .onnx.")
 @click.option("--name", help="Name the engine gives itself.  [default: the file's]")
-@click.option("--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of the stored weights; arithmetic is fp32.")
-@click.option("--default-size", default=448, show_default=True, help="Longest side in px that the network sees unless told otherwise.")
-@click.option("--quality", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSON of figures to keep in the file.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Of the stored weights; arithmetic is fp32.",
+)
+@click.option(
+    "--default-size",
+    default=448,
+    show_default=True,
+    help="Longest side in px that the network sees unless told otherwise.",
+)
+@click.option(
+    "--quality",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON of figures to keep in the file.",
+)
 def command(
     student: Path, out: Path, name: str | None, precision: str, default_size: int, quality: Path | None
 ) -> None:
@@ -42,4 +57,6 @@ def command(
         quality=json.loads(quality.read_text()) if quality else None,
     )
     worst = max(manifest.parity.values())
-    output.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {precision} weights, largest difference from PyTorch {worst:.1g}")
+    output.print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {precision} weights, largest difference from PyTorch {worst:.1g}"
+    )

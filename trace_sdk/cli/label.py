@@ -12,19 +12,60 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
 @click.argument("photos", type=click.Path(path_type=Path))
-@click.option("--backbone", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk pretrain` wrote.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the labels, one .npz a photo.")
+@click.option(
+    "--backbone",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder that `trace-sdk pretrain` wrote.",
+)
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the labels, one .npz a photo.",
+)
 @click.option("--size", default=512, show_default=True, help="Longest side shown to the backbone, in px.")
-@click.option("-t", "--timestep", "timesteps", multiple=True, type=float, help="Fixed t in [0, 1) in place of IEP; give several to average their ABDiv.")
+@click.option(
+    "-t",
+    "--timestep",
+    "timesteps",
+    multiple=True,
+    type=float,
+    help="Fixed t in [0, 1) in place of IEP; give several to average their ABDiv.",
+)
 @click.option("--stride", default=100, show_default=True, help="IEP: step of the schedule, in thousandths of t.")
-@click.option("--window", nargs=2, default=(0.1, 0.6), show_default=True, help="IEP: lowest and highest t that t* may take.")
-@click.option("--trajectory", type=click.Choice(["noising", "inversion"]), default="noising", show_default=True, help="Towards noise with one fixed ε, or along the model's own flow.")
-@click.option("--form", type=click.Choice(["mean", "per-head"]), default="mean", show_default=True, help="Divergence of the head-averaged map, or mean of each head's (no N×N map).")
+@click.option(
+    "--window",
+    nargs=2,
+    default=(0.1, 0.6),
+    show_default=True,
+    help="IEP: lowest and highest t that t* may take.",
+)
+@click.option(
+    "--trajectory",
+    type=click.Choice(["noising", "inversion"]),
+    default="noising",
+    show_default=True,
+    help="Towards noise with one fixed ε, or along the model's own flow.",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["mean", "per-head", "log-per-head"]),
+    default="mean",
+    show_default=True,
+    help="Divergence of the head-averaged map, or mean over the heads' own (no N×N map).",
+)
 @click.option("--neighbourhood", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=int, help="Only the first N photos.")
-@click.option("--plot", "plots", is_flag=True, help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels.")
+@click.option(
+    "--plot",
+    "plots",
+    is_flag=True,
+    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def command(
     photos: Path,
@@ -93,6 +134,9 @@ def command(
     for reason in summary.failed.values():
         say_error(reason)
     found = f", median t* = {statistics.median(summary.t_star):g}" if summary.t_star else ""
-    output.print(f"{summary.done} labelled, {summary.skipped} were there already, {len(summary.failed)} failed{found}. Labels: {out}")
+    output.print(
+        f"{summary.done} labelled, {summary.skipped} were there already, {len(summary.failed)} failed{found}. "
+        f"Labels: {out}"
+    )
     if summary.failed:
         raise click.exceptions.Exit(FAILED)

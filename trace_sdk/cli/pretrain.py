@@ -11,15 +11,32 @@ from trace_sdk.cli.console import output, progress
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the state and the weights.")
-@click.option("--cutouts", type=click.Path(path_type=Path), help="Folder of RGBA cut-outs; half of the images are then scenes composed of them.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the state and the weights.",
+)
+@click.option(
+    "--cutouts",
+    type=click.Path(path_type=Path),
+    help="Folder of RGBA cut-outs; half of the images are then scenes composed of them.",
+)
 @click.option("--backgrounds", type=click.Path(path_type=Path), help="Photos behind the cut-outs.  [default: PHOTOS]")
 @click.option("--start", type=click.Path(path_type=Path), help="Folder of weights to start from.  [default: random]")
 @click.option("--layers", default=12, show_default=True, help="Transformer blocks.")
 @click.option("--heads", default=6, show_default=True, help="Attention heads of width 64 in each block.")
 @click.option("--steps", default=4300, show_default=True, help="Optimizer steps in all; may be raised when going on.")
 @click.option("--tokens", default=256 * 1024, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop).")
-@click.option("--size", "sizes", multiple=True, default=(256,), show_default=True, help="Crop side in px; give several to mix.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    default=(256,),
+    show_default=True,
+    help="Crop side in px; give several to mix.",
+)
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
 @click.option("--learning-rate", default=7e-4, show_default=True)
 @click.option("--warmup", default=300, show_default=True, help="Steps of linear warm-up.")

@@ -81,9 +81,7 @@ def read_engine(engine: str | os.PathLike[str] | None = None) -> tuple[bytes, st
         return _read_bundled(name), name
     path = Path(name)
     if path.is_dir():
-        raise EngineError(
-            f"{path} is a folder. Make an engine of a student: trace-sdk export {path} -o engine.onnx"
-        )
+        raise EngineError(f"{path} is a folder. Make an engine of a student: trace-sdk export {path} -o engine.onnx")
     if not path.exists():
         raise EngineError(_missing(name))
     if not path.is_file():
@@ -124,6 +122,4 @@ def _refuse_foreign(head: bytes, path: Path) -> None:
             "Give an .onnx engine; make one of a student folder with `trace-sdk export`."
         )
     if path.suffix == ".safetensors" or head[8:9] == b"{":
-        raise EngineError(
-            f"{path}: holds weights without a graph. Run `trace-sdk export` on its student folder first."
-        )
+        raise EngineError(f"{path}: holds weights without a graph. Run `trace-sdk export` on its student folder first.")

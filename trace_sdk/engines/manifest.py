@@ -149,7 +149,9 @@ def _digits(model: bytes, path: str | Path) -> int:
 
 
 def _foreign(path: str | Path) -> str:
-    return f"{path}: is not a trace-sdk engine. Export one with `trace-sdk export`."
+    return (
+        f"{path}: is not a trace-sdk engine, or is cut short. Download it again, or make one with `trace-sdk export`."
+    )
 
 
 def _check_fields(record: dict[str, Any], path: str | Path) -> None:

@@ -86,9 +86,7 @@ def _device_number(device: str) -> int:
     return int(match[1] or 0)
 
 
-def _open_session(
-    model: bytes, source: str, device: str, number: int
-) -> tuple[onnxruntime.InferenceSession, str, str]:
+def _open_session(model: bytes, source: str, device: str, number: int) -> tuple[onnxruntime.InferenceSession, str, str]:
     """The session, the device it runs on, and why there."""
     available = onnxruntime.get_available_providers()
     if device == "cpu":

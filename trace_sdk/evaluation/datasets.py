@@ -117,9 +117,7 @@ def _open_coco(folder: Path) -> Dataset:
             if not annotation.get("iscrowd", 0):
                 marked[int(annotation["image_id"])].append(annotation)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"{file} is not a COCO instances file ({_short(error)}). Download it again."
-        ) from error
+        raise DatasetError(f"{file} is not a COCO instances file ({_short(error)}). Download it again.") from error
     if len(names) != len(content["images"]):
         raise DatasetError(f"{file} lists two images of one name or id. Give each image its own.")
 
@@ -129,7 +127,7 @@ def _open_coco(folder: Path) -> Dataset:
         height, width = rgb.shape[:2]
         if (image.get("height", height), image.get("width", width)) != (height, width):
             raise DatasetError(
-                f"{file}: image {name} is {image['width']}x{image['height']} there, its photo "
+                f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
                 f"is {width}x{height}. Use the photos the annotations were made for."
             )
         masks = [_decode_mask(a, height, width, file) for a in marked[int(image["id"])]]
@@ -142,21 +140,21 @@ def _open_coco(folder: Path) -> Dataset:
 
 
 def _decode_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
-    from pycocotools import mask as codec
-
     shape = annotation.get("segmentation")
-    where = f"{file}: annotation {annotation.get('id')}"
     try:
         if isinstance(shape, list):
-            parts = codec.frPyObjects(_polygons(shape, height, width), height, width)
-        else:
-            parts = [_run_lengths(shape, height, width)]
-        mask = codec.decode(codec.merge(parts))
+            return _fill_polygons(_polygons(shape, height, width), height, width)
+        return _expand_runs(shape, height, width)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DatasetError(
-            f"{where} has no readable mask ({_short(error)}). Correct or remove it."
-        ) from error
-    return np.asarray(mask, np.bool_)
+        where = f"{file}: annotation {annotation.get('id')}"
+        raise DatasetError(f"{where} has no readable mask ({_short(error)}). Correct or remove it.") from error
+
+
+def _fill_polygons(polygons: list[list[float]], height: int, width: int) -> NDArray[np.bool_]:
+    from pycocotools import mask as codec
+
+    runs = codec.merge(codec.frPyObjects(polygons, height, width))
+    return np.asarray(codec.decode([runs])[..., 0], np.bool_)
 
 
 def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
@@ -170,19 +168,39 @@ def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
     return polygons
 
 
-def _run_lengths(shape: Any, height: int, width: int) -> dict[str, Any]:
-    from pycocotools import mask as codec
+def _expand_runs(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """Mask of run lengths of 0, 1, 0, … down the columns.
 
+    Done here because pycocotools (2.0.11) writes past its buffers when the runs of a file are malformed.
+    """
     if [int(side) for side in shape["size"]] != [height, width]:
         raise ValueError(f"its size is {shape['size']}, the image's is {[height, width]}")
     counts = shape["counts"]
-    if isinstance(counts, str):
-        return {"size": [height, width], "counts": counts.encode("ascii")}
-    # The decoder writes past its buffer when the runs are longer than the image.
-    if any(int(count) < 0 for count in counts) or sum(int(count) for count in counts) != height * width:
+    runs = _decompress(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError("its run lengths do not add up to the image")
-    encoded: dict[str, Any] = codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return encoded
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _decompress(text: str) -> list[int]:
+    """Run lengths from COCO's compressed form: 5 bits a character, from the third on as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode("ascii"):
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("its compressed run lengths are damaged")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("its compressed run lengths are cut off")
+    return runs
 
 
 def _open_bsds(folder: Path) -> Dataset:
@@ -213,9 +231,7 @@ def _read_bsds_boundaries(file: Path) -> tuple[NDArray[np.bool_], ...]:
         boundaries = tuple(np.asarray(cell["Boundaries"][0, 0]) for cell in cells.ravel())
     # loadmat lets any error of its parsers through: zlib, struct, index, memory and more.
     except Exception as error:
-        raise DatasetError(
-            f"{file} is not a BSDS500 ground truth ({_short(error)}). Download it again."
-        ) from error
+        raise DatasetError(f"{file} is not a BSDS500 ground truth ({_short(error)}). Download it again.") from error
     if not boundaries or any(b.ndim != 2 or b.dtype.kind not in "bui" for b in boundaries):
         raise DatasetError(f"{file} has no boundary maps [H, W] of integers. Download it again.")
     return tuple(boundary > 0 for boundary in boundaries)
@@ -227,13 +243,9 @@ def _open_ids(folder: Path) -> Dataset:
         rgb = _read_rgb(_find_photo(folder, name))
         ids = _read(file)
         if ids.ndim != 2 or ids.dtype.kind not in "bui":
-            raise DatasetError(
-                f"{file} is not a grey PNG of 8 or 16 bit with one id for each pixel. Write it again."
-            )
+            raise DatasetError(f"{file} is not a grey PNG of 8 or 16 bit with one id for each pixel. Write it again.")
         if ids.shape != rgb.shape[:2]:
-            raise DatasetError(
-                f"{file} is {list(ids.shape)}, its image is {list(rgb.shape[:2])}. Write both alike."
-            )
+            raise DatasetError(f"{file} is {list(ids.shape)}, its image is {list(rgb.shape[:2])}. Write both alike.")
         return Sample(name, rgb, (instance_boundaries(ids.astype(np.int64)),))
 
     names = tuple(sorted(file.name.removesuffix(_IDS) for file in folder.glob(f"*{_IDS}")))

@@ -148,18 +148,14 @@ def count_edges(
     return EdgeCounts(*np.array(rows[::-1], np.int64).T)
 
 
-def score_edges(
-    counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, seconds: float | None = None
-) -> EdgeScores:
+def score_edges(counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, seconds: float | None = None) -> EdgeScores:
     """The scores of a data set from the counts of its images (at least one, all at the same thresholds).
 
     Raises:
         ArgumentError: no counts, or counts at different numbers of thresholds.
     """
     if len({len(c.predicted) for c in counts}) != 1:
-        raise ArgumentError(
-            "Scores need the counts of at least one image, all at the same number of thresholds."
-        )
+        raise ArgumentError("Scores need the counts of at least one image, all at the same number of thresholds.")
     total = counts[0]
     for image in counts[1:]:
         total = total + image
@@ -240,19 +236,18 @@ def _count_binary(
     )
 
 
-def _check(
-    probability: NDArray[np.float32], boundaries: Sequence[NDArray[np.bool_]], max_dist: float
-) -> None:
-    if probability.ndim != 2 or not np.issubdtype(probability.dtype, np.floating):
-        raise ArgumentError(
-            f"The edge map is {probability.dtype} {list(probability.shape)}; give a float array [H, W]."
-        )
-    if not (np.isfinite(probability).all() and probability.min() >= 0 and probability.max() <= 1):
+def check_edge_map(edges: NDArray[np.float32]) -> None:
+    """Raises ArgumentError unless `edges` is float [H, W] with values in [0, 1]."""
+    if edges.ndim != 2 or not np.issubdtype(edges.dtype, np.floating) or not edges.size:
+        raise ArgumentError(f"The edge map is {edges.dtype} {list(edges.shape)}; give a float array [H, W].")
+    if not (np.isfinite(edges).all() and edges.min() >= 0 and edges.max() <= 1):
         raise ArgumentError("The edge map has values that are not in [0, 1]; scale it, and remove NaN.")
+
+
+def _check(probability: NDArray[np.float32], boundaries: Sequence[NDArray[np.bool_]], max_dist: float) -> None:
+    check_edge_map(probability)
     if not boundaries:
-        raise ArgumentError(
-            "There is no boundary map to compare with; give one bool [H, W] map for each annotator."
-        )
+        raise ArgumentError("There is no boundary map to compare with; give one bool [H, W] map for each annotator.")
     for boundary in boundaries:
         if boundary.shape != probability.shape:
             raise ArgumentError(
@@ -260,6 +255,4 @@ def _check(
                 "make the edge map as large as the image."
             )
     if not 0 < max_dist < 1:
-        raise ArgumentError(
-            f"max_dist is {max_dist}; give a share of the image diagonal, for example {MAX_DIST}."
-        )
+        raise ArgumentError(f"max_dist is {max_dist}; give a share of the image diagonal, for example {MAX_DIST}.")

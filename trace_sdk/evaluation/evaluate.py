@@ -26,6 +26,7 @@ from trace_sdk.evaluation.edges import (
     THRESHOLDS,
     EdgeCounts,
     EdgeScores,
+    check_edge_map,
     count_edges,
     score_edges,
 )
@@ -96,23 +97,24 @@ def evaluate(
         while waiting:
             collect()
     times = [seconds for _, seconds in results if seconds is not None]
-    return score_edges(
-        [counts for counts, _ in results], max_dist, statistics.median(times) if times else None
-    )
+    return score_edges([counts for counts, _ in results], max_dist, statistics.median(times) if times else None)
 
 
-def annotator_agreement(dataset: Dataset, *, max_dist: float = MAX_DIST) -> float | None:
+def annotator_agreement(
+    dataset: Dataset, *, max_dist: float = MAX_DIST, on_image: Callable[[str], None] = lambda name: None
+) -> float | None:
     """How well people agree: F-measure of each annotator against all others of the image, in [0, 1].
 
     Counts are added up over annotators and images; None where no image has two annotators. This is the
     upper bound that the benchmark draws as "human" (Arbelaez et al., TPAMI 2011, figure 1).
+    `on_image` is called with the name of each image when it is done.
     """
-    counts = [
-        count_edges(own.astype(np.float32), sample.boundaries[:i] + sample.boundaries[i + 1 :], thresholds=1)
-        for sample in dataset
-        if len(sample.boundaries) > 1
-        for i, own in enumerate(sample.boundaries)
-    ]
+    counts = []
+    for sample in dataset:
+        for i, own in enumerate(sample.boundaries):
+            if others := sample.boundaries[:i] + sample.boundaries[i + 1 :]:
+                counts.append(count_edges(own.astype(np.float32), others, thresholds=1, max_dist=max_dist))
+        on_image(sample.name)
     return score_edges(counts, max_dist).ods if counts else None
 
 
@@ -132,6 +134,7 @@ def _run(dataset: Dataset, sample: Sample, method: Method) -> tuple[NDArray[np.f
             f"{method.name} gave an edge map {list(edges.shape)} for {sample.name}, which is "
             f"{list(sample.rgb.shape[:2])}; edge maps must be as large as the photo."
         )
+    check_edge_map(edges)
     return edges, seconds if method.timed else None
 
 
@@ -195,9 +198,7 @@ def _load(file: Path | None) -> Result | None:
     try:
         stored = json.loads(file.read_bytes())
         seconds = stored["seconds"]
-        counts = EdgeCounts(
-            **{f.name: np.array(stored["counts"][f.name], np.int64) for f in fields(EdgeCounts)}
-        )
+        counts = EdgeCounts(**{f.name: np.array(stored["counts"][f.name], np.int64) for f in fields(EdgeCounts)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is not a cached result. Delete it and run again.") from error
     return counts, seconds

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trace_sdk.detector import EdgeDetector
-from trace_sdk.errors import DatasetError
+from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.evaluation import baselines
 from trace_sdk.evaluation.datasets import Dataset, Sample
 
@@ -97,9 +97,7 @@ class EdgeFolder:
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
-            raise DatasetError(
-                f"{self.folder} is not a folder. Give the folder with the edge maps of {self.name}."
-            )
+            raise DatasetError(f"{self.folder} is not a folder. Give the folder with the edge maps of {self.name}.")
 
     @cached_property
     def _files(self) -> frozenset[Path]:
@@ -141,13 +139,11 @@ def not_measured() -> dict[str, str]:
 
 
 def check_names(methods: Sequence[Method]) -> None:
-    """Raises DatasetError when two rows of the table would have the same name."""
+    """Raises ArgumentError when two rows of the table would have the same name."""
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
-            raise DatasetError(
-                f"Two methods are called {name!r}. Give each --edges and --engine its own name."
-            )
+            raise ArgumentError(f"Two methods are called {name!r}. Give each --edges and --engine its own name.")
 
 
 def _read_edges(file: Path) -> NDArray[np.float32]:
@@ -163,9 +159,9 @@ def _read_edges(file: Path) -> NDArray[np.float32]:
     if edges.dtype.kind in "iu" and edges.ndim == 2 and file.suffix == ".png":
         edges = edges.astype(np.float32) / (255 if edges.dtype == np.uint8 else 65535)
     if edges.ndim != 2 or edges.dtype.kind != "f":
-        raise DatasetError(
-            f"{file} is {edges.dtype} {list(edges.shape)}; write grey PNG or a float array [H, W]."
-        )
+        raise DatasetError(f"{file} is {edges.dtype} {list(edges.shape)}; write grey PNG or a float array [H, W].")
+    if edges.size == 0:
+        raise DatasetError(f"{file} is empty, {list(edges.shape)}. Write it again.")
     if not (np.isfinite(edges).all() and edges.min() >= 0 and edges.max() <= 1):
         raise DatasetError(f"{file} has values that are not in [0, 1]. Scale it, and remove NaN.")
     return np.asarray(edges, np.float32)

@@ -56,8 +56,7 @@ class Report:
             "datasets": self.datasets,
             "annotators": self.agreement,
             "methods": {
-                name: {dataset: scores.to_dict() for dataset, scores in row.items()}
-                for name, row in self.rows.items()
+                name: {dataset: scores.to_dict() for dataset, scores in row.items()} for name, row in self.rows.items()
             },
             "not_measured": self.missing,
         }
@@ -66,9 +65,7 @@ class Report:
         """A Markdown table, then the provenance."""
         header = ["method", *(f"{name} {column}" for name in self.datasets for column in COLUMNS)]
         groups = [self._cells(name) for name in self.datasets]
-        rows = [
-            [row[0][0], *(cell for _, cells in row for cell in cells)] for row in zip(*groups, strict=True)
-        ]
+        rows = [[row[0][0], *(cell for _, cells in row for cell in cells)] for row in zip(*groups, strict=True)]
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         facts = provenance(self.thresholds, self.max_dist)
         about = [f"* {name}: {_text(value)}" for name, value in facts.items()]
@@ -127,9 +124,7 @@ def _figure(value: float | None) -> str:
 
 
 def _text(value: object) -> str:
-    return (
-        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
-    )
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _version(package: str) -> str | None:
@@ -160,6 +155,4 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import STATE, load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.pretraining.state import (
+    STATE,
+    load_state,
+    optimizer_tensors,
+    part,
+    restore_optimizer,
+    save_state,
+)
 from trace_sdk.pretraining.training_images import TrainingImages
 
 
@@ -183,7 +190,8 @@ class _Trainer:
         for name in fixed:
             if settings.get(name) != getattr(self.settings, name):
                 raise ArgumentError(
-                    f"{file} is of a run with {name}={settings.get(name)}, now {getattr(self.settings, name)} was asked for. "
+                    f"{file} is of a run with {name}={settings.get(name)}, now "
+                    f"{getattr(self.settings, name)} was asked for. "
                     "Give the same value to go on, or another folder (-o) to start anew."
                 )
         try:

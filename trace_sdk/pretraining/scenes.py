@@ -85,7 +85,13 @@ def _paste(
         blur = max(alpha.shape) * 0.04
         soft = np.asarray(sprite.getchannel("A").filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
         shift = rng.uniform(-0.08, 0.08, 2) * max(alpha.shape)
-        _blend(canvas, soft * rng.uniform(0.2, 0.5), np.zeros(3, np.float32), top + round(shift[0]), left + round(shift[1]))
+        _blend(
+            canvas,
+            soft * rng.uniform(0.2, 0.5),
+            np.zeros(3, np.float32),
+            top + round(shift[0]),
+            left + round(shift[1]),
+        )
     window, part = _blend(canvas, alpha, colour, top, left)
     ids[window][alpha[part] > 0.5] = number
 

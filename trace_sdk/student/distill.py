@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import STATE, load_state, optimizer_tensors, part, restore_optimizer, save_state
+from trace_sdk.pretraining.state import (
+    STATE,
+    load_state,
+    optimizer_tensors,
+    part,
+    restore_optimizer,
+    save_state,
+)
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, reconstruction_loss
@@ -48,7 +55,8 @@ class DistillSettings:
         """Raise ArgumentError naming the setting that is out of its range."""
         if self.steps < 1 or self.lora_rank < 0 or not 0 <= self.lora_from <= 1:
             raise ArgumentError(
-                f"steps must be ≥ 1, LoRA rank ≥ 0 and lora_from in [0, 1]; got {self.steps}, {self.lora_rank}, {self.lora_from}."
+                "steps must be ≥ 1, LoRA rank ≥ 0 and lora_from in [0, 1]; "
+                f"got {self.steps}, {self.lora_rank}, {self.lora_from}."
             )
         if not self.sizes or any(size % 8 or size < 64 for size in self.sizes):
             raise ArgumentError(f"Crop sizes must be multiples of 8 from 64, got {self.sizes}.")
@@ -170,7 +178,8 @@ class _Trainer:
         for name in ("lora_rank", "seed"):
             if settings.get(name) != getattr(self.settings, name):
                 raise ArgumentError(
-                    f"{file} is of a run with {name}={settings.get(name)}, now {getattr(self.settings, name)} was asked for. "
+                    f"{file} is of a run with {name}={settings.get(name)}, now "
+                    f"{getattr(self.settings, name)} was asked for. "
                     "Give the same value to go on, or another folder (-o) to start anew."
                 )
         try:

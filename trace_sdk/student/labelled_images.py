@@ -25,12 +25,12 @@ class LabelledImages:
 
     def __init__(self, photos: Path, labels: Path, seed: int) -> None:
         self.pairs = [
-            (photo, file)
-            for photo in list_photos([photos])
-            if (file := label_file(photo, photos, labels)).is_file()
+            (photo, file) for photo in list_photos([photos]) if (file := label_file(photo, photos, labels)).is_file()
         ]
         if not self.pairs:
-            raise DatasetError(f"No photo below {photos} has a label below {labels}. Run `trace-sdk label {photos} -o {labels}`.")
+            raise DatasetError(
+                f"No photo below {photos} has a label below {labels}. Run `trace-sdk label {photos} -o {labels}`."
+            )
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> tuple[Tensor, Tensor]:

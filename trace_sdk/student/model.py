@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import CheckpointError
 from trace_sdk.student.decoder import EdgeDecoder
-from trace_sdk.teacher.boundary import per_head_divergence
+from trace_sdk.teacher.boundary import log_divergence_features
 
 LORA_TARGETS = ["to_q", "to_k", "to_v"]
 
@@ -41,14 +40,9 @@ class Student(nn.Module):
         return self.decoder(features, images), reconstruction
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """log1p of each head's symmetric divergence between opposite neighbours: [B, 2·heads·blocks, H/8, W/8]; and Î."""
+        """Divergence features [B, 2·heads·blocks, H/8, W/8] of the pass at t = 0, and Î."""
         maps: list[Tensor] = []
-
-        def add(attention: SelfAttention) -> None:
-            # Rounding can bring a divergence a hair below 0, where log1p' would grow without need.
-            maps.append(per_head_divergence(attention, symmetric=True).float().clamp_min(0).log1p())
-
-        reconstruction = self.backbone(images, 0.0, add)
+        reconstruction = self.backbone(images, 0.0, lambda attention: maps.append(log_divergence_features(attention)))
         return torch.cat(maps, 1), reconstruction
 
     def add_lora(self, rank: int) -> None:

@@ -89,3 +89,9 @@ def abdiv_per_head(attention: SelfAttention) -> Tensor:
     """
     heads = attention.query.shape[1]
     return per_head_divergence(attention, symmetric=False).sum(1) / heads
+
+
+def log_divergence_features(attention: SelfAttention) -> Tensor:
+    """log1p of each head's symmetric divergence: [B, 2·heads, H, W] ≥ 0, the student decoder's input."""
+    # Rounding can bring a divergence a hair below 0.
+    return per_head_divergence(attention, symmetric=True).float().clamp_min(0).log1p()

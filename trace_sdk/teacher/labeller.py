@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trace_sdk.errors import TraceError
 from trace_sdk.images import read_image
-from trace_sdk.teacher.plot import plot
 from trace_sdk.teacher.labels import claim_folder, save_label
+from trace_sdk.teacher.plot import plot
 from trace_sdk.teacher.teacher import Teacher
 
 

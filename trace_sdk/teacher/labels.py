@@ -55,7 +55,9 @@ def load_label(file: Path) -> Label:
                 json.loads(stored["about"].tobytes()),
             )
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{file} is not a label file ({error}). Remove it and run `trace-sdk label` again.") from error
+        raise DatasetError(
+            f"{file} is not a label file ({error}). Remove it and run `trace-sdk label` again."
+        ) from error
 
 
 def claim_folder(out: Path, settings: TeacherSettings, backbone_sha256: str) -> None:

@@ -1,4 +1,4 @@
-"""One picture of what the teacher sees: KL curve, attention and ABDiv along t, labels (the paper's figures 1, 4, 7, 8)."""
+"""One picture of what the teacher sees: KL curve, attention and ABDiv along t, labels."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError
 from trace_sdk.teacher.attention import AttentionAverage
-from trace_sdk.teacher.boundary import NEIGHBOURHOODS, abdiv, abdiv_per_head
+from trace_sdk.teacher.boundary import NEIGHBOURHOODS, abdiv, abdiv_per_head, log_divergence_features
 from trace_sdk.teacher.emergence import (
     TRAJECTORIES,
     Emergence,
@@ -25,6 +25,8 @@ from trace_sdk.teacher.emergence import (
     temporal_kl,
 )
 from trace_sdk.teacher.pseudo_labels import ternary_labels
+
+FORMS = ("mean", "per-head", "log-per-head")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class TeacherSettings:
         stride: of the IEP schedule, in thousandths.
         window: (lowest, highest) t that t* may take.
         trajectory: "noising" (one fixed ε) or "inversion" (the model's own flow).
-        form: "mean" for the paper's divergence of the head-averaged map, "per-head" for the mean of each head's
-            own divergence, which needs no N×N map.
-        neighbourhood: 4 or 8; "per-head" has 4 only.
+        form: "mean" for the paper's divergence of the head-averaged map; without any N×N map, "per-head" for the
+            mean of each head's own divergence, "log-per-head" for the mean of its log1p, symmetric: the student's
+            features averaged, less ruled by the few heads with the largest values.
+        neighbourhood: 4 or 8; the per-head forms have 4 only.
         blocks: self-attention blocks to average, None for all.
         mirror: average with the mirrored image's map.
         seed: of the noise ε.
@@ -66,10 +69,10 @@ class TeacherSettings:
             raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
         if self.trajectory not in TRAJECTORIES:
             raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
-        if self.form not in ("mean", "per-head"):
-            raise ArgumentError(f"form must be 'mean' or 'per-head', got {self.form!r}.")
-        if self.neighbourhood not in NEIGHBOURHOODS or (self.form == "per-head" and self.neighbourhood != 4):
-            raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with 'per-head'), got {self.neighbourhood}.")
+        if self.form not in FORMS:
+            raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
+        if self.neighbourhood not in NEIGHBOURHOODS or (self.form != "mean" and self.neighbourhood != 4):
+            raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with a per-head form), got {self.neighbourhood}.")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,11 @@ class Teacher:
 
     def _per_head_into(self, maps: list[Tensor]) -> Callable[[SelfAttention], None]:
         def add(attention: SelfAttention) -> None:
-            if self.settings.blocks is None or attention.block in self.settings.blocks:
+            if self.settings.blocks is not None and attention.block not in self.settings.blocks:
+                return
+            if self.settings.form == "per-head":
                 maps.append(abdiv_per_head(attention))
+            else:
+                maps.append(log_divergence_features(attention).mean(1))
 
         return add

@@ -1,0 +1,158 @@
+"""Make the pictures of walkthrough.md: one photo through the whole method.
+
+    python docs/make_pictures.py examples/photos/cars.jpg --backbone runs/backbone --engine trace-small \\
+        -o docs/pictures
+
+Without --engine the student's pictures are left as they are. `made-with.json` says what the pictures were made
+with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trace_sdk import EdgeDetector
+from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.images import read_image
+from trace_sdk.teacher.emergence import Emergence
+from trace_sdk.teacher.plot import along_t, colour_labels
+from trace_sdk.teacher.teacher import Annotation, Teacher, TeacherSettings
+
+SHOWN = (0.0, 0.2, 0.4, 0.6, 0.8)  # and t*
+WIDTH = 10.0  # of a picture, inches
+DPI = 100
+ACCENT = "#d62f5b"
+
+
+def draw_row(out: Path, panels: dict[str, Any], marked: str | None = None, **style: Any) -> None:
+    """Images side by side with their titles, one of them marked."""
+    height, width = next(iter(panels.values())).shape[:2]
+    figure = Figure((WIDTH, WIDTH / len(panels) * height / width + 0.35), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, image) in zip(axes, panels.items(), strict=True):
+        axis.imshow(image, **style)
+        axis.set_axis_off()
+        colour = ACCENT if title == marked else "black"
+        axis.set_title(title, fontsize=10, color=colour)
+    save(figure, out)
+
+
+def draw_curve(out: Path, emergence: Emergence, window: tuple[float, float]) -> None:
+    """KL along t, the search window and t*."""
+    figure = Figure((6.4, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.axvspan(*window, color=ACCENT, alpha=0.08, linewidth=0, label="search window")
+    axis.plot(emergence.timesteps, emergence.kl, color="black", marker="o", markersize=4)
+    best = emergence.kl[emergence.timesteps.index(emergence.t_star)]
+    axis.plot(
+        emergence.t_star,
+        best,
+        color=ACCENT,
+        marker="o",
+        markersize=9,
+        linestyle="none",
+        label=f"t* = {emergence.t_star:g}",
+    )
+    axis.set(xlabel="t", ylabel="KL in nats", xlim=(0, 1), ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    save(figure, out)
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write a figure as the suffix says, .png or .jpg."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    options = {"quality": 85} if out.suffix == ".jpg" else {"optimize": True}
+    figure.savefig(buffer, format=out.suffix[1:], dpi=DPI, pil_kwargs=options)
+    write_bytes(out, buffer.getvalue())
+
+
+def draw_teacher(teacher: Teacher, rgb: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> Annotation:
+    """Steps 1 to 5: noised images, KL curve, attention and ABDiv along t, labels."""
+    annotation = teacher.annotate(rgb)
+    assert annotation.emergence is not None
+    t_star = annotation.emergence.t_star
+    timesteps = tuple(sorted({*SHOWN, t_star}))
+    titles = {t: f"t* = {t:g}" if t == t_star else f"t = {t:g}" for t in timesteps}
+    images = teacher.prepare(rgb)
+    with torch.inference_mode():
+        noised = teacher.trajectory(images, teacher.noise_like(images), timesteps)
+    steps = dict(zip(titles.values(), along_t(teacher, rgb, timesteps), strict=True))
+    marked = titles[t_star]
+    draw_row(out / "noised.jpg", {titles[t]: to_pixels(x_t) for t, x_t in noised}, marked)
+    draw_curve(out / "kl-curve.png", annotation.emergence, teacher.settings.window)
+    draw_row(out / "attention.png", {title: pca for title, (pca, _) in steps.items()}, marked)
+    draw_row(out / "abdiv.png", {title: brighten(map_) for title, (_, map_) in steps.items()}, marked, cmap="magma")
+    photo = np.asarray(Image.fromarray(rgb).resize((images.shape[-1], images.shape[-2]), Image.Resampling.LANCZOS))
+    large = colour_labels(np.kron(annotation.labels, np.ones((8, 8), np.int8)))
+    names = {"photo": photo, "labels": large, "labels on the photo": (photo * 0.45 + large * 0.55).astype(np.uint8)}
+    draw_row(out / "labels.jpg", names)
+    return annotation
+
+
+def draw_student(detector: EdgeDetector, photo: Path, out: Path) -> dict[str, Any]:
+    """Steps 6 to 8: edges, thinned, drawn over the photo."""
+    edges = detector.run(photo)
+    style = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "antialiased"}
+    draw_row(out / "edges.jpg", {"edge probability": edges.probability, "thinned": edges.thin()}, **style)
+    buffer = io.BytesIO()
+    overlay = edges.overlay()
+    overlay.thumbnail((960, 960))
+    overlay.save(buffer, "JPEG", quality=85)
+    write_bytes(out / "overlay.jpg", buffer.getvalue())
+    return {name: edges.info[name] for name in ("engine", "engine_sha256", "size", "threshold")}
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """[1, 3, H, W] in [−1, 1] → uint8 [H, W, 3]."""
+    pixels = (images[0].permute(1, 2, 0) * 127.5 + 127.5).clamp(0, 255)
+    return pixels.cpu().numpy().astype(np.uint8)
+
+
+def brighten(abdiv: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """0 … 1, with the highest half per cent cut off."""
+    return np.clip(abdiv / max(float(np.quantile(abdiv, 0.995)), 1e-12), 0, 1)
+
+
+def main() -> None:
+    """Draw what there is a backbone and an engine for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photo", type=Path)
+    parser.add_argument("--backbone", type=Path, required=True, help="folder that `trace-sdk pretrain` wrote")
+    parser.add_argument("--engine", help="bundled name or .onnx file; without it no student's pictures")
+    parser.add_argument("--size", type=int, default=512, help="longest side shown to the backbone, pixels")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    options = parser.parse_args()
+    teacher = Teacher(PixelBackbone.load(options.backbone), TeacherSettings(size=options.size))
+    annotation = draw_teacher(teacher, read_image(options.photo).rgb, options.out)
+    record = options.out / "made-with.json"
+    about = json.loads(record.read_text()) if record.is_file() else {}
+    about["teacher"] = {
+        "photo": options.photo.name,
+        "backbone_sha256": PixelBackbone.sha256(options.backbone),
+        "size": options.size,
+        "t_star": annotation.timesteps[0],
+        "interior_rule": annotation.rule,
+    }
+    if options.engine:
+        about["student"] = {
+            "photo": options.photo.name,
+            **draw_student(EdgeDetector(options.engine), options.photo, options.out),
+        }
+    write_text(record, json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

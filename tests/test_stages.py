@@ -1,0 +1,187 @@
+"""The whole line as a user runs it: pretrain → label → distill → export → info → detect, each a command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from trace_sdk.export.graph import EngineGraph
+from trace_sdk.export.onnx import export_onnx
+from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.verify import verify
+
+from trace_sdk import EdgeDetector
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.cli import main
+from trace_sdk.engines import open_engine
+from trace_sdk.errors import ArgumentError, ParityError
+from trace_sdk.student.model import Student
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def student(tiny_backbone: PixelBackbone) -> Student:
+    """A student whose answers vary over the image."""
+    torch.manual_seed(1)
+    student = Student(tiny_backbone, threshold=0.3).eval()
+    with torch.no_grad():
+        for value in student.decoder.parameters():
+            value.mul_(3)
+    return student
+
+
+@pytest.fixture(scope="module")
+def engine(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("engine") / "tiny.onnx"
+    export_onnx(student, file, name="tiny", default_size=96)
+    return file
+
+
+def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    small = ("--size", 64, "--tokens", 128)
+    stages = (
+        ("pretrain", photos, "-o", tmp_path / "backbone", "--layers", 1, "--heads", 1, "--steps", 3, *small),
+        ("label", photos, "--backbone", tmp_path / "backbone", "-o", tmp_path / "labels", "--size", 64, "--stride", 300, "--plot"),
+        ("distill", photos, "--labels", tmp_path / "labels", "--backbone", tmp_path / "backbone", "-o", tmp_path / "student", "--steps", 2, *small),
+        ("export", tmp_path / "student", "-o", tmp_path / "mine.onnx", "--default-size", 96),
+        ("info", tmp_path / "mine.onnx"),
+        ("detect", photos, "-o", tmp_path / "edges", "--engine", tmp_path / "mine.onnx", "--overlay"),
+    )  # fmt: skip
+    for stage in stages:
+        result = run(*stage)
+        assert result.exit_code == 0, f"{stage[0]}: {result.output}"
+    assert len(list((tmp_path / "labels").rglob("*.npz"))) == len(list((tmp_path / "labels").rglob("*.png"))) == 4
+    assert len(list((tmp_path / "edges").rglob("*.png"))) >= 4
+    index = json.loads((tmp_path / "student/student.json").read_text())
+    assert index["distilled_steps"] == 2
+    again = run(
+        "label",
+        photos,
+        "--backbone",
+        tmp_path / "backbone",
+        "-o",
+        tmp_path / "labels",
+        "--size",
+        64,
+        "--stride",
+        300,
+        "--plot",
+    )
+    assert "0 labelled, 4 were there already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragment"),
+    [
+        (("label", "nowhere", "--backbone", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
+        (("pretrain", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
+        (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "No photos in nowhere"),
+        (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere"),
+        (("label", ".", "--backbone", "b", "-o", "out", "--size", "8"), 2, "size must be at least 64"),
+        (("label", ".", "--backbone", "b", "-o", "out", "-t", "1.5"), 2, "timesteps must lie"),
+        (("pretrain", ".", "-o", "out", "--steps", "0"), 2, "steps must be"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line(
+    arguments: tuple[str, ...], code: int, fragment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert fragment in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_an_error(photos: Path, tmp_path: Path, tiny_backbone: PixelBackbone) -> None:
+    tiny_backbone.save(tmp_path / "b")
+    result = run("label", photos, "--backbone", tmp_path / "b", "-o", tmp_path / "l", "--device", "cuda")
+    assert result.exit_code == 1 and "--device cpu" in result.output
+    assert not (tmp_path / "l").exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "label", "distill", "export"])
+def test_help_teaches(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"trace-sdk {command} " in result.output, "no example"
+
+
+def test_engine_answers_like_torch_at_the_input_size(engine: Path, student: Student, photos: Path) -> None:
+    with Image.open(photos / "a.png") as photo:
+        pixels = np.asarray(photo.convert("RGB").resize((96, 80)))
+    edges = EdgeDetector(engine, device="cpu").run(pixels)
+    assert edges.probability.shape == (80, 96)
+    with torch.inference_mode():
+        expected = EngineGraph(student, half_weights=True)(torch.from_numpy(pixels)[None])[0].numpy()
+    np.testing.assert_allclose(edges.probability, expected, atol=1e-4)
+    assert expected.std() > 0.01, "the comparison would not see a wrong engine"
+
+
+def test_fp16_weights_halve_the_file_and_hardly_move_the_answer(engine: Path, student: Student, tmp_path: Path) -> None:
+    export_onnx(student, tmp_path / "full.onnx", name="full", precision="fp32")
+    assert engine.stat().st_size < 0.65 * (tmp_path / "full.onnx").stat().st_size
+    images = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3), np.uint8)
+    half, full = (
+        EdgeDetector(file, device="cpu").run(images[0]).probability for file in (engine, tmp_path / "full.onnx")
+    )
+    assert np.abs(half - full).max() < 0.02
+
+
+def test_folding_timestep_zero_changes_nothing_and_drops_weights(student: Student) -> None:
+    graph = EngineGraph(student, half_weights=False)
+    images = torch.randint(0, 256, (2, 64, 72, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits, _ = student(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        torch.testing.assert_close(graph(images), logits.sigmoid(), atol=1e-6, rtol=1e-5)
+    count = lambda model: sum(value.numel() for value in model.parameters())  # noqa: E731
+    assert count(graph) < count(student)
+    assert not any("norm.linear" in name for name, _ in graph.named_parameters() if "single" in name)
+
+
+def test_manifest_tells_where_the_engine_comes_from(engine: Path) -> None:
+    manifest = open_engine(engine, "cpu").manifest
+    assert (manifest.name, manifest.backbone, manifest.precision) == ("tiny", "pixel-flux", "fp16")
+    assert manifest.threshold == 0.3 and manifest.default_size == 96
+    assert len(manifest.backbone_sha256) == 64 and set(manifest.producers) == {"torch", "onnx", "onnxruntime"}
+    assert max(manifest.parity.values()) <= 1e-4
+
+
+def test_wrong_graph_is_refused(engine: Path, student: Student) -> None:
+    other = EngineGraph(student, half_weights=True)
+    with torch.no_grad():
+        other.student.decoder.logits.bias.add_(0.1)
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        verify(engine.read_bytes(), other)
+
+
+def test_precision_must_be_known(student: Student, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="precision"):
+        export_onnx(student, tmp_path / "x.onnx", name="x", precision="int3")
+
+
+def test_only_large_weights_are_stored_in_fp16() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    large, small = np.ones((20, 20), np.float32), np.ones(3, np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["large"], ["y"])], "g", [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [20, 20])],
+        [numpy_helper.from_array(large, "large"), numpy_helper.from_array(small, "small")],
+    )  # fmt: skip
+    model = helper.make_model(graph)
+    assert store_weights_in_fp16(model) == 1
+    onnx.checker.check_model(model)
+    assert {t.name: t.data_type for t in model.graph.initializer} == {
+        "large.fp16": TensorProto.FLOAT16,
+        "small": TensorProto.FLOAT,
+    }
