@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 
 from trace_sdk import EdgeDetector
 from trace_sdk.atomic import write_bytes, write_text
@@ -29,22 +31,25 @@ from trace_sdk.teacher.emergence import Emergence
 from trace_sdk.teacher.plot import along_t, colour_labels
 from trace_sdk.teacher.teacher import Annotation, Teacher, TeacherSettings
 
-SHOWN = (0.0, 0.2, 0.4, 0.6, 0.8)  # and t*
+SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # and t*
 WIDTH = 10.0  # of a picture, inches
 DPI = 100
+QUALITY = 72
 ACCENT = "#d62f5b"
 
+Picture = NDArray[np.uint8] | NDArray[np.float32]
 
-def draw_row(out: Path, panels: dict[str, Any], marked: str | None = None, **style: Any) -> None:
-    """Images side by side with their titles, one of them marked."""
+
+def draw_panels(out: Path, panels: Mapping[str, Picture], columns: int, marked: str = "", cmap: str = "gray") -> None:
+    """Images with their titles, row by row, one of them marked; grey ones are from 0 to 1."""
     height, width = next(iter(panels.values())).shape[:2]
-    figure = Figure((WIDTH, WIDTH / len(panels) * height / width + 0.35), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, image) in zip(axes, panels.items(), strict=True):
-        axis.imshow(image, **style)
+    rows = -(-len(panels) // columns)
+    figure = Figure((WIDTH, rows * (WIDTH / columns * height / width + 0.35)), layout="constrained")
+    for number, (title, image) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(rows, columns, number)
+        axis.imshow(image, cmap=cmap, vmin=0, vmax=1)
         axis.set_axis_off()
-        colour = ACCENT if title == marked else "black"
-        axis.set_title(title, fontsize=10, color=colour)
+        axis.set_title(title, fontsize=10, color=ACCENT if title == marked else "black")
     save(figure, out)
 
 
@@ -74,12 +79,12 @@ def save(figure: Figure, out: Path) -> None:
     """Write a figure as the suffix says, .png or .jpg."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    options = {"quality": 85} if out.suffix == ".jpg" else {"optimize": True}
+    options = {"quality": QUALITY} if out.suffix == ".jpg" else {"optimize": True}
     figure.savefig(buffer, format=out.suffix[1:], dpi=DPI, pil_kwargs=options)
     write_bytes(out, buffer.getvalue())
 
 
-def draw_teacher(teacher: Teacher, rgb: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> Annotation:
+def draw_teacher(teacher: Teacher, rgb: NDArray[np.uint8], out: Path) -> Annotation:
     """Steps 1 to 5: noised images, KL curve, attention and ABDiv along t, labels."""
     annotation = teacher.annotate(rgb)
     assert annotation.emergence is not None
@@ -91,39 +96,44 @@ def draw_teacher(teacher: Teacher, rgb: np.ndarray[Any, np.dtype[np.uint8]], out
         noised = teacher.trajectory(images, teacher.noise_like(images), timesteps)
     steps = dict(zip(titles.values(), along_t(teacher, rgb, timesteps), strict=True))
     marked = titles[t_star]
-    draw_row(out / "noised.jpg", {titles[t]: to_pixels(x_t) for t, x_t in noised}, marked)
+    draw_panels(out / "noised.jpg", {titles[t]: to_pixels(x_t) for t, x_t in noised}, 4, marked)
     draw_curve(out / "kl-curve.png", annotation.emergence, teacher.settings.window)
-    draw_row(out / "attention.png", {title: pca for title, (pca, _) in steps.items()}, marked)
-    draw_row(out / "abdiv.png", {title: brighten(map_) for title, (_, map_) in steps.items()}, marked, cmap="magma")
-    photo = np.asarray(Image.fromarray(rgb).resize((images.shape[-1], images.shape[-2]), Image.Resampling.LANCZOS))
-    large = colour_labels(np.kron(annotation.labels, np.ones((8, 8), np.int8)))
-    names = {"photo": photo, "labels": large, "labels on the photo": (photo * 0.45 + large * 0.55).astype(np.uint8)}
-    draw_row(out / "labels.jpg", names)
+    draw_panels(out / "attention.png", {title: pca for title, (pca, _) in steps.items()}, 4, marked)
+    maps = {title: brighten(divergence) for title, (_, divergence) in steps.items()}
+    draw_panels(out / "abdiv.png", maps, 4, marked, cmap="magma")
+    size = (images.shape[-1], images.shape[-2])
+    photo = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+    labels = colour_labels(np.kron(annotation.labels, np.ones((8, 8), np.int8)))
+    both = (photo * 0.45 + labels * 0.55).astype(np.uint8)
+    draw_panels(out / "labels.jpg", {"photo": photo, "labels": labels, "both": both}, 3)
     return annotation
 
 
 def draw_student(detector: EdgeDetector, photo: Path, out: Path) -> dict[str, Any]:
     """Steps 6 to 8: edges, thinned, drawn over the photo."""
     edges = detector.run(photo)
-    style = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "antialiased"}
-    draw_row(out / "edges.jpg", {"edge probability": edges.probability, "thinned": edges.thin()}, **style)
+    thick = np.asarray(Image.fromarray(edges.thin()).filter(ImageFilter.MaxFilter(3)))
+    panels = {"edge probability": edges.probability, "thinned (drawn 3 px wide)": thick}
+    draw_panels(out / "edges.jpg", panels, 2)
     buffer = io.BytesIO()
     overlay = edges.overlay()
     overlay.thumbnail((960, 960))
-    overlay.save(buffer, "JPEG", quality=85)
+    overlay.save(buffer, "JPEG", quality=QUALITY)
     write_bytes(out / "overlay.jpg", buffer.getvalue())
     return {name: edges.info[name] for name in ("engine", "engine_sha256", "size", "threshold")}
 
 
-def to_pixels(images: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_pixels(images: torch.Tensor) -> NDArray[np.uint8]:
     """[1, 3, H, W] in [−1, 1] → uint8 [H, W, 3]."""
     pixels = (images[0].permute(1, 2, 0) * 127.5 + 127.5).clamp(0, 255)
     return pixels.cpu().numpy().astype(np.uint8)
 
 
-def brighten(abdiv: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def brighten(abdiv: NDArray[np.float32]) -> NDArray[np.float32]:
     """0 … 1, with the highest half per cent cut off."""
-    return np.clip(abdiv / max(float(np.quantile(abdiv, 0.995)), 1e-12), 0, 1)
+    highest = max(float(np.quantile(abdiv, 0.995)), 1e-12)
+    brightened: NDArray[np.float32] = np.clip(abdiv / np.float32(highest), 0, 1)
+    return brightened
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ class EngineGraph(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
-        logits, _ = self.student(pixels)
-        probability: Tensor = logits.sigmoid()
+        features, _ = self.student.features(pixels, share_softmax=True)
+        probability: Tensor = self.student.decoder(features, pixels).sigmoid()
         return probability
 
 

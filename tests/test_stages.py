@@ -46,35 +46,25 @@ def engine(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    backbone, labels, student = (tmp_path / part for part in ("backbone", "labels", "student"))
     small = ("--size", 64, "--tokens", 128)
+    label = ("label", photos, "--backbone", backbone, "-o", labels, "--size", 64, "--stride", 300, "--plot")
     stages = (
-        ("pretrain", photos, "-o", tmp_path / "backbone", "--layers", 1, "--heads", 1, "--steps", 3, *small),
-        ("label", photos, "--backbone", tmp_path / "backbone", "-o", tmp_path / "labels", "--size", 64, "--stride", 300, "--plot"),
-        ("distill", photos, "--labels", tmp_path / "labels", "--backbone", tmp_path / "backbone", "-o", tmp_path / "student", "--steps", 2, *small),
-        ("export", tmp_path / "student", "-o", tmp_path / "mine.onnx", "--default-size", 96),
+        ("pretrain", photos, "-o", backbone, "--layers", 1, "--heads", 1, "--steps", 3, *small),
+        label,
+        ("distill", photos, "--labels", labels, "--backbone", backbone, "-o", student, "--steps", 2, *small),
+        ("export", student, "-o", tmp_path / "mine.onnx", "--default-size", 96),
         ("info", tmp_path / "mine.onnx"),
         ("detect", photos, "-o", tmp_path / "edges", "--engine", tmp_path / "mine.onnx", "--overlay"),
-    )  # fmt: skip
+    )
     for stage in stages:
         result = run(*stage)
         assert result.exit_code == 0, f"{stage[0]}: {result.output}"
-    assert len(list((tmp_path / "labels").rglob("*.npz"))) == len(list((tmp_path / "labels").rglob("*.png"))) == 4
+    assert len(list(labels.rglob("*.npz"))) == len(list(labels.rglob("*.png"))) == 4
     assert len(list((tmp_path / "edges").rglob("*.png"))) >= 4
-    index = json.loads((tmp_path / "student/student.json").read_text())
+    index = json.loads((student / "student.json").read_text())
     assert index["distilled_steps"] == 2
-    again = run(
-        "label",
-        photos,
-        "--backbone",
-        tmp_path / "backbone",
-        "-o",
-        tmp_path / "labels",
-        "--size",
-        64,
-        "--stride",
-        300,
-        "--plot",
-    )
+    again = run(*label)
     assert "0 labelled, 4 were there already" in again.output
 
 

@@ -42,6 +42,19 @@ def test_tap_reads_the_real_query_and_key() -> None:
     torch.testing.assert_close(joint, attention_map(query, key, 0.5) @ value)
 
 
+def test_shared_softmax_gives_the_same_answer_and_mean_key(tiny_backbone: PixelBackbone) -> None:
+    images = torch.rand(2, 3, 64, 72) * 2 - 1
+    apart: list[SelfAttention] = []
+    shared: list[SelfAttention] = []
+    with torch.inference_mode():
+        plain = tiny_backbone(images, 0.0, apart.append)
+        torch.testing.assert_close(tiny_backbone(images, 0.0, shared.append, share_softmax=True), plain)
+    for one, two in zip(apart, shared, strict=True):
+        expected = attention_map(one.query, one.key, one.scale) @ one.key
+        assert one.mean_key is None and two.mean_key is not None
+        torch.testing.assert_close(two.mean_key, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_noise_at_t_zero_is_the_image_itself(tiny_backbone: PixelBackbone) -> None:
     images, noise = torch.rand(2, 1, 3, 64, 64).unbind(0)
     assert torch.equal(tiny_backbone.add_noise(images, noise, 0.0), images)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.student.model import Student
 from trace_sdk.teacher.emergence import TRAJECTORIES
 from trace_sdk.teacher.labeller import label_file, label_folder
 from trace_sdk.teacher.labels import load_label
@@ -66,6 +67,13 @@ def test_per_head_form_resembles_the_averaged_one(tiny_backbone: PixelBackbone, 
     assert np.corrcoef(averaged.ravel(), per_head.ravel())[0, 1] > 0.6
 
 
+def test_log_per_head_form_is_the_students_features_averaged(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    teacher = Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.0,), form="log-per-head"))
+    with torch.inference_mode():
+        features, _ = Student(tiny_backbone).eval().features(teacher.prepare(photo))
+    np.testing.assert_allclose(teacher.annotate(photo).abdiv, features[0].mean(0), rtol=1e-4)
+
+
 def test_several_timesteps_are_averaged_after_scaling(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
     one, two = (
         Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6)
@@ -103,7 +111,7 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
         ({"timesteps": (1.2,)}, r"\[0, 1\)"),
         ({"timesteps": ()}, r"\[0, 1\)"),
         ({"trajectory": "sideways"}, "trajectory must be one of"),
-        ({"form": "median"}, "form must be"),
+        ({"form": "median"}, "form must be one of"),
         ({"neighbourhood": 6}, "neighbourhood must be"),
         ({"neighbourhood": 8, "form": "per-head"}, "neighbourhood must be"),
     ],

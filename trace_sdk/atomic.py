@@ -33,8 +33,8 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(target)
         _sync_folder(target.parent)
     except OSError as error:
         raise OutputError(_explain(target, error)) from error

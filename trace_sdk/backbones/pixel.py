@@ -130,12 +130,18 @@ class PixelBackbone(nn.Module):
         return (x_t - prediction) / max(t, 1e-3)
 
     def forward(
-        self, x_t: Tensor, t: Tensor | float, on_attention: Callable[[SelfAttention], None] | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        on_attention: Callable[[SelfAttention], None] | None = None,
+        *,
+        share_softmax: bool = False,
     ) -> Tensor:
         """Denoise once: x_t [B, 3, H, W] and t (a number or [B]) → x̂ [B, 3, H, W].
 
         Args:
             on_attention: shown every self-attention call on the way; see `SelfAttentionTap`.
+            share_softmax: see `SelfAttentionTap`.
 
         Raises:
             ArgumentError: a side is not a multiple of 8 or below 64.
@@ -158,7 +164,8 @@ class PixelBackbone(nn.Module):
             answer = self.transformer(**inputs)[0]
         else:
             # Joint attention, the one null text token first: [text, image].
-            with SelfAttentionTap(on_attention, lambda queries, keys: (slice(1, None), grid)):
+            image = slice(1, None)
+            with SelfAttentionTap(on_attention, lambda queries, keys: (image, grid), share_softmax=share_softmax):
                 answer = self.transformer(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
 

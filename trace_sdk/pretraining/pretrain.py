@@ -225,7 +225,8 @@ def learning_rate(step: int, settings: PretrainSettings) -> float:
 
 
 def _optimizers(model: PixelBackbone, settings: PretrainSettings) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, value in model.named_parameters():
         inside = "single_transformer_blocks" in name and value.ndim == 2 and ".norm." not in name
         (matrices if settings.optimizer == "muon" and inside else others).append(value)

@@ -7,6 +7,7 @@ only; no training step reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def _paste(
 
 
 def _blend(
-    canvas: NDArray[np.float32], alpha: NDArray[np.float32], colour: NDArray[np.float32], top: int, left: int
+    canvas: NDArray[np.float32], alpha: NDArray[np.floating[Any]], colour: NDArray[np.float32], top: int, left: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     bottom, right = min(top + alpha.shape[0], canvas.shape[0]), min(left + alpha.shape[1], canvas.shape[1])
     window = (slice(max(top, 0), max(bottom, 0)), slice(max(left, 0), max(right, 0)))

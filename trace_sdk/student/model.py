@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import CheckpointError
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.teacher.boundary import log_divergence_features
@@ -39,10 +40,14 @@ class Student(nn.Module):
         features, reconstruction = self.features(images)
         return self.decoder(features, images), reconstruction
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence features [B, 2·heads·blocks, H/8, W/8] of the pass at t = 0, and Î."""
+    def features(self, images: Tensor, *, share_softmax: bool = False) -> tuple[Tensor, Tensor]:
+        """Divergence features [B, 2·heads·blocks, H/8, W/8] of the pass at t = 0, and Î; see `SelfAttentionTap`."""
         maps: list[Tensor] = []
-        reconstruction = self.backbone(images, 0.0, lambda attention: maps.append(log_divergence_features(attention)))
+
+        def add(attention: SelfAttention) -> None:
+            maps.append(log_divergence_features(attention))
+
+        reconstruction = self.backbone(images, 0.0, add, share_softmax=share_softmax)
         return torch.cat(maps, 1), reconstruction
 
     def add_lora(self, rank: int) -> None:

@@ -48,7 +48,7 @@ def abdiv(log_attention: Tensor, grid: tuple[int, int], neighbourhood: int = 4) 
     """
     if neighbourhood not in NEIGHBOURHOODS:
         raise ArgumentError(f"neighbourhood must be 4 or 8, got {neighbourhood}.")
-    rows = log_attention.unflatten(1, grid)  # [B, H, W, N]
+    rows = torch.unflatten(log_attention, 1, grid)  # [B, H, W, N]
     return sum(
         (row_kl(*opposite(rows, direction)) for direction in NEIGHBOURHOODS[neighbourhood]),
         start=rows.new_zeros(()),
@@ -65,11 +65,14 @@ def per_head_divergence(attention: SelfAttention, *, symmetric: bool) -> Tensor:
         [B, 2·heads, H, W]: vertical then horizontal pairs, in nats.
     """
     query, key, scale = attention.query, attention.key, attention.scale
-    mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
-    grid_query, grid_mean = query.unflatten(2, attention.grid), mean_key.unflatten(2, attention.grid)
+    mean_key = attention.mean_key
+    if mean_key is None:
+        mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
+    grid_query, grid_mean = (torch.unflatten(x, 2, attention.grid) for x in (query, mean_key))
     maps = []
     if not symmetric:
-        lse = (query @ key.transpose(-1, -2) * scale).logsumexp(-1, keepdim=True).unflatten(2, attention.grid)
+        scores = query @ key.transpose(-1, -2) * scale
+        lse = torch.unflatten(scores.logsumexp(-1, keepdim=True), 2, attention.grid)
     for direction in NEIGHBOURHOODS[4]:
         query_p, query_q = opposite(grid_query, direction)
         mean_p, mean_q = opposite(grid_mean, direction)

@@ -90,4 +90,5 @@ def attention_pca(log_map: torch.Tensor, grid: tuple[int, int]) -> NDArray[np.fl
 def colour_labels(labels: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Ternary labels [H, W] as colours [H, W, 3]: edge red, interior blue, uncertain grey."""
     palette = np.array([INTERIOR_COLOUR, EDGE_COLOUR, UNCERTAIN_COLOUR], np.uint8)  # 0, 1, −1 as index
-    return palette[labels.astype(int)]
+    colours: NDArray[np.uint8] = palette[labels.astype(int)]
+    return colours

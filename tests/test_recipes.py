@@ -1,0 +1,190 @@
+"""The recipe's scripts on tiny inputs: packing, unpacking, composing."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "trace-small"
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(RECIPE / f"{name}.py"))
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    runpy.run_path(str(RECIPE / f"{name}.py"), run_name="__main__")
+
+
+def stamp(width: int = 300, height: int = 100) -> Image.Image:
+    """A half-clear red block, 20 px of nearly clear border around it."""
+    pixels = np.zeros((height + 40, width + 40, 4), np.uint8)
+    pixels[..., 3] = 16
+    pixels[20:-20, 20:-20] = (200, 100, 50, 128)
+    return Image.fromarray(pixels)
+
+
+class TestPackScenes:
+    def test_cutouts_are_cropped_to_alpha_scaled_and_centred(self) -> None:
+        packed = script("pack_scenes")["pack_cutout"](stamp())
+        assert packed.shape == (4, 160, 160) and packed.dtype == np.uint8
+        rows, columns = np.nonzero(packed[3])
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (55, 104, 5, 154)  # 150×50 of 300×100
+
+    def test_cutouts_are_premultiplied(self) -> None:
+        packed = script("pack_scenes")["pack_cutout"](stamp())
+        assert packed[:, 80, 80].tolist() == [100, 50, 25, 128]  # round(c · 128/255)
+        assert packed[:3].max(0).max() <= packed[3].max()
+        assert not packed[:, 0, 0].any()
+
+    def test_thin_cutouts_keep_a_pixel(self) -> None:
+        packed = script("pack_scenes")["pack_cutout"](stamp(width=900, height=1))
+        assert np.count_nonzero(packed[3].any(1)) == 1
+
+    def test_backgrounds_give_three_square_crops_inside_the_photo(self) -> None:
+        # Red is the column, green the row: a crop's range shows how large it is and where it lies.
+        column, row = np.meshgrid(np.arange(200), np.arange(120))
+        photo = Image.fromarray(np.stack([column, row, 0 * row], -1).astype(np.uint8))
+        crops = script("pack_scenes")["pack_background"](np.random.default_rng(1), photo)
+        assert crops.shape == (3, 3, 256, 256) and crops.dtype == np.uint8
+        for crop, side in zip(crops, (120, 84, 60), strict=True):
+            assert int(crop[0].max()) - int(crop[0].min()) == side - 1
+            assert int(crop[1].max()) - int(crop[1].min()) == side - 1
+
+    def test_pack_keeps_the_lists_order_and_repeats_itself(self, tmp_path: Path) -> None:
+        (tmp_path / "root/a").mkdir(parents=True)
+        for name, colour in (("1.png", 50), ("2.png", 200)):
+            image = stamp()
+            image.paste((colour, 0, 0, 255), (20, 20, 320, 120))
+            image.save(tmp_path / "root/a" / name)
+            Image.new("RGB", (40, 30), (0, colour, 0)).save(tmp_path / "root/a" / f"back-{name}")
+        listed = tmp_path / "list.txt"
+        listed.write_text("sprites\na/2.png\na/1.png\nbackgrounds\na/back-1.png\na/back-2.png\n")
+        pack = script("pack_scenes")["pack"]
+        for out in ("one", "two"):
+            pack(tmp_path / "root", tmp_path / out / "scenes.npz", listed)
+        data = np.load(tmp_path / "one/scenes.npz", allow_pickle=False)
+        assert data["sprites"][:, 0, 80, 80].tolist() == [200, 50]
+        assert data["backs"][:, 1, 0, 0].tolist() == [50] * 3 + [200] * 3
+        assert (tmp_path / "one/scenes.npz").read_bytes() == (tmp_path / "two/scenes.npz").read_bytes()
+        assert (tmp_path / "one/SOURCES.txt").read_text() == listed.read_text()
+
+    def test_a_missing_file_is_named_and_nothing_written(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("sprites\na/gone.png\nbackgrounds\n")
+        with pytest.raises(SystemExit, match="gone.png"):
+            script("pack_scenes")["pack"](tmp_path, tmp_path / "scenes.npz", tmp_path / "list.txt")
+        assert not (tmp_path / "scenes.npz").exists()
+
+    def test_the_committed_list_is_of_the_named_packages(self) -> None:
+        functions = script("pack_scenes")
+        cutouts, backgrounds = functions["read_sources"](functions["SOURCES"])
+        assert (len(cutouts), len(backgrounds)) == (353, 96)
+        assert cutouts == sorted(set(cutouts)) and len(set(backgrounds)) == 96
+        assert {name.partition("/")[0] for name in (*cutouts, *backgrounds)} == functions["PACKAGES"].keys()
+
+
+class TestPackPhotos:
+    @pytest.fixture
+    def sets(self, tmp_path: Path) -> Path:
+        """A set of each kind; the flower lies in another folder than the list says, one name comes twice in gro."""
+        photos = {
+            "cid/CID22/7.png": (512, 512),
+            "gro/dataset/train/Lime/Lime_001.jpg": (348, 464),
+            "gro/dataset/test/Lime/Lime_001.jpg": (300, 300),
+            "flo/mirror/roses/5_ab.jpg": (240, 160),
+        }
+        for name, size in photos.items():
+            (tmp_path / "sets" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", size).save(tmp_path / "sets" / name)
+        return tmp_path / "sets"
+
+    LIST = (
+        "cid22-00000\tcid/CID22/7.png\n"
+        "grocery-00001\tgro/dataset/train/Lime/Lime_001.jpg\n"
+        "grocery-00002\tgro/dataset/test/Lime/Lime_001.jpg\n"
+        "flowers-00003\tflo/dataset/train/roses/5_ab.jpg\n"
+    )
+
+    def test_only_large_groceries_and_flowers_are_scaled(self, sets: Path, tmp_path: Path) -> None:
+        (tmp_path / "list.tsv").write_text(self.LIST)
+        pack = script("pack_photos")["pack"]
+        assert pack(sets, tmp_path / "out", tmp_path / "list.tsv") == 4
+        sizes = {file.name: Image.open(file).size for file in (tmp_path / "out").iterdir()}
+        assert sizes == {
+            "cid22-00000.webp": (512, 512),
+            "grocery-00001.webp": (256, 341),
+            "grocery-00002.webp": (256, 256),
+            "flowers-00003.webp": (240, 160),
+        }
+        assert pack(sets, tmp_path / "out", tmp_path / "list.tsv") == 0
+
+    def test_a_missing_photo_is_named_and_nothing_written(self, sets: Path, tmp_path: Path) -> None:
+        (tmp_path / "list.tsv").write_text(self.LIST + "cq100-00004\tcq/img/gone.png\n")
+        with pytest.raises(SystemExit, match=r"1 of 5 .*gone\.png"):
+            script("pack_photos")["pack"](sets, tmp_path / "out", tmp_path / "list.tsv")
+        assert not (tmp_path / "out").exists()
+
+    def test_the_committed_list(self) -> None:
+        lines = [line.split("\t") for line in (RECIPE / "FILES.tsv").read_text().splitlines()]
+        assert len(lines) == len({name for name, _ in lines}) == 5609
+        by_name = script("pack_photos")["BY_NAME"]
+        found = [Path(file).name for _, file in lines if file.startswith(by_name)]
+        assert len(found) == len(set(found))  # a name alone tells one from another
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Twenty cut-outs of (200, 100, 50) at alpha 128, 20×10 px; ten photos of three crops, grey 10, 20, … 100."""
+    sprites = np.zeros((20, 4, 160, 160), np.uint8)
+    sprites[:, :, 70:80, 60:80] = np.array([100, 50, 25, 128], np.uint8)[:, None, None]
+    backs = np.zeros((30, 3, 256, 256), np.uint8)
+    backs += (np.arange(30, dtype=np.uint8) // 3 * 10 + 10)[:, None, None, None]
+    np.savez(tmp_path / "scenes.npz", sprites=sprites, backs=backs)
+    return tmp_path / "scenes.npz"
+
+
+class TestUnpack:
+    def test_cutouts_get_straight_alpha_and_are_cropped(
+        self, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_script(monkeypatch, "unpack", archive, tmp_path / "parts")
+        for file in (tmp_path / "parts").glob("*/cutouts/*.png"):
+            pixels = np.asarray(Image.open(file))
+            assert pixels.shape == (10, 20, 4)
+            assert np.abs(pixels[0, 0].astype(int) - (200, 100, 50, 128)).max() <= 2
+
+    def test_the_last_tenth_is_held_out_and_no_photo_is_on_both_sides(
+        self, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_script(monkeypatch, "unpack", archive, tmp_path / "parts")
+        shades: dict[str, set[int]] = {}
+        for part, cutouts, backgrounds in (("train", 18, 27), ("held-out", 2, 3)):
+            assert len(list((tmp_path / "parts" / part / "cutouts").iterdir())) == cutouts
+            crops = list((tmp_path / "parts" / part / "backgrounds").iterdir())
+            assert len(crops) == backgrounds
+            shades[part] = {int(np.asarray(Image.open(crop)).max()) for crop in crops}
+        assert shades["held-out"] == {100}
+        assert not shades["train"] & shades["held-out"]
+
+
+class TestComposeScenes:
+    def test_scenes_with_ids(self, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_script(monkeypatch, "unpack", archive, tmp_path / "parts")
+        options = ("--count", 4, "--size", 64)
+        run_script(monkeypatch, "compose_scenes", tmp_path / "parts/train", tmp_path / "a", *options, "--ids")
+        run_script(monkeypatch, "compose_scenes", tmp_path / "parts/train", tmp_path / "b", *options)
+        assert len(list((tmp_path / "a").iterdir())) == 8 and len(list((tmp_path / "b").iterdir())) == 4
+        instances = 0
+        for file in sorted((tmp_path / "b").iterdir()):
+            assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()  # the seed decides
+            with Image.open(file) as scene, Image.open(tmp_path / "a" / f"{file.stem}.ids.png") as ids:
+                assert (scene.size, scene.mode, ids.size, ids.mode) == ((64, 64), "RGB", (64, 64), "L")
+                instances += len(np.unique(np.asarray(ids))) - 1
+        assert instances >= 4
