@@ -1,4 +1,4 @@
-"""Make the pictures of walkthrough.md: one photo through the whole method.
+"""Make the pictures of walkthrough.md, one photo through the whole method, and the README's.
 
     python docs/make_pictures.py examples/photos/cars.jpg --backbone runs/backbone --engine trace-small \\
         -o docs/pictures
@@ -110,13 +110,15 @@ def draw_teacher(teacher: Teacher, rgb: NDArray[np.uint8], out: Path) -> Annotat
 
 
 def draw_student(detector: EdgeDetector, photo: Path, out: Path) -> dict[str, Any]:
-    """Steps 6 to 8: edges, thinned, drawn over the photo."""
+    """Steps 6 and 7: edges, thinned, drawn over the photo; and the README's picture."""
     edges = detector.run(photo)
     thick = np.asarray(Image.fromarray(edges.thin()).filter(ImageFilter.MaxFilter(3)))
     panels = {"edge probability": edges.probability, "thinned (drawn 3 px wide)": thick}
     draw_panels(out / "edges.jpg", panels, 2)
-    buffer = io.BytesIO()
     overlay = edges.overlay()
+    panels = {"photo": edges.rgb, "instance edges": edges.probability, "overlay": np.asarray(overlay)}
+    draw_panels(out / "readme.jpg", panels, 3)
+    buffer = io.BytesIO()
     overlay.thumbnail((960, 960))
     overlay.save(buffer, "JPEG", quality=QUALITY)
     write_bytes(out / "overlay.jpg", buffer.getvalue())

@@ -78,7 +78,7 @@ class TestPackScenes:
 
     def test_a_missing_file_is_named_and_nothing_written(self, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("sprites\na/gone.png\nbackgrounds\n")
-        with pytest.raises(SystemExit, match="gone.png"):
+        with pytest.raises(SystemExit, match=r"gone\.png"):
             script("pack_scenes")["pack"](tmp_path, tmp_path / "scenes.npz", tmp_path / "list.txt")
         assert not (tmp_path / "scenes.npz").exists()
 

@@ -74,6 +74,16 @@ def test_log_per_head_form_is_the_students_features_averaged(tiny_backbone: Pixe
     np.testing.assert_allclose(teacher.annotate(photo).abdiv, features[0].mean(0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["mean", "log-per-head"])
+def test_bf16_is_close_to_fp32(tiny_backbone: PixelBackbone, photo: np.ndarray, form: str) -> None:
+    exact, fast = (
+        Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.2,), form=form, precision=p)).annotate(photo).abdiv
+        for p in ("fp32", "bf16")
+    )
+    assert np.corrcoef(exact.ravel(), fast.ravel())[0, 1] > 0.99
+    assert not np.array_equal(exact, fast)
+
+
 def test_several_timesteps_are_averaged_after_scaling(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
     one, two = (
         Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6)
@@ -112,6 +122,7 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
         ({"timesteps": ()}, r"\[0, 1\)"),
         ({"trajectory": "sideways"}, "trajectory must be one of"),
         ({"form": "median"}, "form must be one of"),
+        ({"precision": "fp8"}, "precision must be"),
         ({"neighbourhood": 6}, "neighbourhood must be"),
         ({"neighbourhood": 8, "form": "per-head"}, "neighbourhood must be"),
     ],

@@ -40,7 +40,8 @@ def main() -> None:
     torch.manual_seed(0)
     backbone = PixelBackbone.create(**SMALL) if options.backbone == "random" else PixelBackbone.load(options.backbone)
     timesteps = tuple(options.timesteps) if options.timesteps else None
-    teacher = Teacher(backbone, TeacherSettings(size=options.size, form=options.form, timesteps=timesteps))
+    settings = TeacherSettings(size=options.size, form=options.form, timesteps=timesteps, precision="bf16")
+    teacher = Teacher(backbone, settings)
     for path in options.datasets:
         dataset = open_dataset(path)
         if options.limit:

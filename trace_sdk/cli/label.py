@@ -58,6 +58,13 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 )
 @click.option("--neighbourhood", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=int, help="Only the first N photos.")
 @click.option(
@@ -79,6 +86,7 @@ def command(
     form: str,
     neighbourhood: str,
     mirror: bool,
+    precision: str,
     seed: int,
     limit: int | None,
     plots: bool,
@@ -115,6 +123,7 @@ def command(
         form=form,
         neighbourhood=int(neighbourhood),
         mirror=mirror,
+        precision=precision,
         seed=seed,
     )
     settings.check()

@@ -28,10 +28,11 @@ def log_mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     if query.dtype != torch.float64:
         query, key = query.float(), key.float()
     total: Tensor | None = None
-    for head in range(query.shape[1]):  # a head at a time: one N×N map more than the result
-        scores = query[:, head] @ key[:, head].transpose(-1, -2) * scale
-        log_probability = scores.log_softmax(dim=-1)
-        total = log_probability if total is None else torch.logaddexp(total, log_probability)
+    with torch.autocast(query.device.type, enabled=False):  # bf16 scores would ruin the KL of peaky rows
+        for head in range(query.shape[1]):  # a head at a time: one N×N map more than the result
+            scores = query[:, head] @ key[:, head].transpose(-1, -2) * scale
+            log_probability = scores.log_softmax(dim=-1)
+            total = log_probability if total is None else torch.logaddexp(total, log_probability)
     assert total is not None
     return total - math.log(query.shape[1])
 

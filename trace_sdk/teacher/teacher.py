@@ -47,6 +47,7 @@ class TeacherSettings:
         neighbourhood: 4 or 8; the per-head forms have 4 only.
         blocks: self-attention blocks to average, None for all.
         mirror: average with the mirrored image's map.
+        precision: of the backbone's arithmetic, "fp32" or "bf16"; maps are taken in fp32 in both.
         seed: of the noise ε.
     """
 
@@ -59,6 +60,7 @@ class TeacherSettings:
     neighbourhood: int = 4
     blocks: tuple[int, ...] | None = None
     mirror: bool = False
+    precision: str = "fp32"
     seed: int = 0
 
     def check(self) -> None:
@@ -71,6 +73,8 @@ class TeacherSettings:
             raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
         if self.form not in FORMS:
             raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
+        if self.precision not in ("fp32", "bf16"):
+            raise ArgumentError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
         if self.neighbourhood not in NEIGHBOURHOODS or (self.form != "mean" and self.neighbourhood != 4):
             raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with a per-head form), got {self.neighbourhood}.")
 
@@ -112,8 +116,12 @@ class Teacher:
     @torch.inference_mode()
     def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
         """Edges of one image, uint8 [H, W, 3] RGB. The same image and seed give the same answer."""
-        begin = time.perf_counter()
         images = self.prepare(rgb)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self._annotate(images)
+
+    def _annotate(self, images: Tensor) -> Annotation:
+        begin = time.perf_counter()
         noise = self.noise_like(images)
         emergence = None
         if self.settings.timesteps is None:
@@ -125,7 +133,7 @@ class Teacher:
         total = self.divergence(images, noise, timesteps)
         if self.settings.mirror:
             total = (total + self.divergence(images.flip(-1), noise, timesteps).flip(-1)) / 2
-        divergence = total[0].cpu().numpy().astype(np.float32)
+        divergence = total[0].float().cpu().numpy()
         labels, rule = ternary_labels(divergence)
         seconds = {"iep": found - begin, "abdiv": time.perf_counter() - found}
         return Annotation(divergence, labels, rule, timesteps, emergence, seconds)
