@@ -22,7 +22,7 @@ from trace_sdk.pretraining.training_images import TrainingImages, list_photos, o
 from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
-from trace_sdk.student.losses import dice_loss, reconstruction_loss
+from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.teacher.labeller import label_folder
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
@@ -207,6 +207,14 @@ def test_dice_counts_certain_pixels_only() -> None:
     assert dice_loss(logits, torch.full((1, 1, 4), -1)).item() == 0
 
 
+def test_graded_term_is_cross_entropy_with_the_scores() -> None:
+    logits, scores = torch.tensor([[[0.3, -2.0]]]), torch.tensor([[[2.0, -1.0]]])
+    target = 1 / (1 + np.exp(-1.5 * (scores.double().numpy() - 1)))
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    expected = -(target * np.log(p) + (1 - target) * np.log(1 - p)).mean()
+    assert graded_loss(logits, scores).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_reconstruction_is_the_mean_square() -> None:
     assert reconstruction_loss(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)).item() == 0.25
 
@@ -266,11 +274,12 @@ def test_label_crop_lies_over_the_image_crop(tmp_path: Path, tiny_backbone: Pixe
     ternary[:, 6:] = 1
     ternary[0] = -1
     save_label(tmp_path / "half.png.npz", Annotation(ternary.astype(np.float32), ternary, "mu-sigma", (0.1,), None))
-    images, labels = LabelledImages(tmp_path, tmp_path, 0).batch(0, 8, 64)
+    images, labels, scores = LabelledImages(tmp_path, tmp_path, 0).batch(0, 8, 64)
     certain = labels != -1
     bright = images[:, 0] > 0
     assert ((labels == 1) == bright)[certain].float().mean() > 0.97
     assert (labels == -1).any(-1).any(-1).sum() >= 1
+    assert scores[bright].mean() > 0.5 and scores[~bright].mean() < -0.5
 
 
 def test_no_labels_at_all(photos: Path, tmp_path: Path) -> None:

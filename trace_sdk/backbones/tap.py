@@ -95,7 +95,7 @@ class SelfAttentionTap(TorchFunctionMode):
 
 def attention_map(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """softmax(QKᵀ·scale), one map a head: [B, heads, N, d] twice → [B, heads, N, N], rows sum to 1."""
-    return torch.softmax(query @ key.transpose(-1, -2) * scale, dim=-1)
+    return torch.softmax((query * scale) @ key.transpose(-1, -2), dim=-1)
 
 
 def attention_with_mean_key(

@@ -18,7 +18,7 @@ def calibrate_threshold(student: Student, images: LabelledImages, size: int, cro
     device = next(student.parameters()).device
     probabilities, truths = [], []
     for step in range(crops // 4):
-        batch, labels = images.batch(-1 - step + (1 << 30), 4, size)  # steps that training never reaches
+        batch, labels, _ = images.batch(-1 - step + (1 << 30), 4, size)  # steps that training never reaches
         logits, _ = student(batch.to(device))
         certain = labels != UNCERTAIN
         probabilities.append(logits.cpu().sigmoid()[certain])

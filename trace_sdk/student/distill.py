@@ -23,7 +23,7 @@ from trace_sdk.pretraining.state import (
 )
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
-from trace_sdk.student.losses import dice_loss, reconstruction_loss
+from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
 
 
@@ -38,6 +38,7 @@ class DistillSettings:
         lora_rank: 0 leaves the backbone as it is.
         tokens: tokens a step; each step takes as many crops of its size as fit.
         sizes: crop sides in pixels, taken in turn at random.
+        graded: weight of the graded term, see `losses`.
         reconstruction: weight of ‖I − Î‖².
     """
 
@@ -48,6 +49,7 @@ class DistillSettings:
     sizes: tuple[int, ...] = (192, 256, 320)
     learning_rate: float = 2e-3
     lora_learning_rate: float = 2e-4
+    graded: float = 4.0
     reconstruction: float = 1.0
     seed: int = 0
 
@@ -139,21 +141,24 @@ class _Trainer:
             ]
         )
 
-    def crops(self, images: LabelledImages, step: int) -> tuple[Tensor, Tensor]:
+    def crops(self, images: LabelledImages, step: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
         return images.batch(step, self.settings.tokens // (size // 8) ** 2, size)
 
-    def train(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        images, labels = images.to(self.device), labels.to(self.device)
+    def train(self, images: Tensor, labels: Tensor, scores: Tensor) -> dict[str, float]:
+        images, labels, scores = (x.to(self.device) for x in (images, labels, scores))
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
         self.student.train()
         with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
             features, reconstruction = self.student.features(images)
         logits = self.student.decoder(features, images)
         dice = dice_loss(logits, labels)
+        graded = graded_loss(logits, scores)
         rebuilt = reconstruction_loss(reconstruction, images)
-        loss = dice + self.settings.reconstruction * rebuilt if joint else dice
+        loss = dice + self.settings.graded * graded
+        if joint:
+            loss = loss + self.settings.reconstruction * rebuilt
         loss.backward()  # type: ignore[no-untyped-call]
         decay = min(1.0, 2 * (1 - self.step / self.settings.steps)) * min(1.0, (self.step + 1) / 50)
         for group, rate in zip(
@@ -166,7 +171,7 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"dice": dice.item(), "reconstruction": rebuilt.item()}
+        return {"dice": dice.item(), "graded": graded.item(), "reconstruction": rebuilt.item()}
 
     def save(self, file: Path) -> None:
         tensors = {f"decoder.{name}": value for name, value in self.student.decoder.state_dict().items()}

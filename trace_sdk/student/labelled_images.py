@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from trace_sdk.errors import DatasetError
 from trace_sdk.pretraining.training_images import list_photos, open_photo
 from trace_sdk.teacher.labeller import label_file
 from trace_sdk.teacher.labels import load_label
-from trace_sdk.teacher.pseudo_labels import UNCERTAIN
+from trace_sdk.teacher.pseudo_labels import UNCERTAIN, standard_scores
 
 
 class LabelledImages:
@@ -33,32 +35,36 @@ class LabelledImages:
             )
         self._seed = seed
 
-    def batch(self, step: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Crops of side `size`, mirrored half of the time.
 
         Returns:
-            images float [count, 3, size, size] in [−1, 1] and labels int8 [count, size, size].
+            images float [count, 3, size, size] in [−1, 1], labels int8 [count, size, size], and standard scores of
+            ABDiv float [count, size, size].
         """
         rng = np.random.default_rng([self._seed, step])
-        crops = [self._crop(rng, size) for _ in range(count)]
-        images = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return images, torch.from_numpy(np.stack([labels for _, labels in crops]))
+        images, labels, scores = zip(*(self._crop(rng, size) for _ in range(count)), strict=True)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(scores))
 
-    def _crop(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-        photo_file, label = self.pairs[rng.integers(len(self.pairs))]
-        photo = open_photo(photo_file)
+    def _crop(
+        self, rng: np.random.Generator, size: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
+        photo_file, label_file = self.pairs[rng.integers(len(self.pairs))]
+        photo, label = open_photo(photo_file), load_label(label_file)
         short = min(photo.size)
         side = min(short, round(short * rng.uniform(0.7, 1.0)))
-        left, top = rng.integers(0, photo.width - side + 1), rng.integers(0, photo.height - side + 1)
-        box = (float(left), float(top), float(left + side), float(top + side))
-        image = np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
-        labels = load_label(label).labels
-        across, down = labels.shape[1] / photo.width, labels.shape[0] / photo.height
-        on_grid = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-        cut = Image.fromarray(labels.astype(np.int16) - UNCERTAIN).resize(
-            (size, size), Image.Resampling.NEAREST, box=on_grid
-        )
-        ternary = (np.asarray(cut) + UNCERTAIN).astype(np.int8)
-        if rng.random() < 0.5:
-            image, ternary = image[:, ::-1], ternary[:, ::-1]
-        return np.ascontiguousarray(image), np.ascontiguousarray(ternary)
+        left, top = int(rng.integers(0, photo.width - side + 1)), int(rng.integers(0, photo.height - side + 1))
+        box = (left, top, left + side, top + side)
+        across, down = label.labels.shape[1] / photo.width, label.labels.shape[0] / photo.height
+        tokens = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+
+        def cut(picture: Image.Image, window: tuple[float, float, float, float], how: Image.Resampling) -> Any:
+            return np.asarray(picture.resize((size, size), how, box=window))
+
+        image = cut(photo, box, Image.Resampling.BICUBIC)
+        shifted = Image.fromarray((label.labels - UNCERTAIN).astype(np.uint8))
+        labels = cut(shifted, tokens, Image.Resampling.NEAREST).astype(np.int8) + UNCERTAIN
+        scores = cut(Image.fromarray(standard_scores(label.abdiv)), tokens, Image.Resampling.BILINEAR)
+        mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        return image[:, mirror].copy(), labels[:, mirror].astype(np.int8), scores[:, mirror].copy()

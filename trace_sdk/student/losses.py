@@ -1,10 +1,17 @@
-"""The student's loss (paper 3.4): L = ‖I − Î‖² + Dice(E, Ê) on certain pixels."""
+"""The student's loss (paper 3.4): L = ‖I − Î‖² + Dice(E, Ê) on certain pixels, and a graded term on all of them.
+
+Dice alone leaves the uncertain two thirds of an image free, and a student then fills them: its edges grow into blobs
+within fifty steps. The graded term asks there for what the teacher measured.
+"""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
+
+GRADE = 1.5  # steepness of the soft edge, per σ of ABDiv
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,3 +34,13 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """‖I − Î‖², mean over pixels; images in [−1, 1]."""
     return (reconstruction.float() - images.float()).square().mean()
+
+
+def graded_loss(logits: Tensor, scores: Tensor) -> Tensor:
+    """Cross-entropy against a soft edge: 0.5 where ABDiv is one σ above its mean, rising with it.
+
+    Args:
+        logits: [B, H, W].
+        scores: (ABDiv − μ)/σ, [B, H, W].
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), (GRADE * (scores - 1)).sigmoid())

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 EDGE, INTERIOR, UNCERTAIN = 1, 0, -1
 SMALLEST_INTERIOR = 0.05
 SMALLEST_WITH_RING = 5
+FLAT = 1e-9  # relative deviation below which a map has no contrast
 RANK_OF_MINUS_SIGMA = 0.158655  # share of a normal distribution below μ−σ
 
 
@@ -29,10 +30,10 @@ def ternary_labels(abdiv: NDArray[np.float32]) -> tuple[NDArray[np.int8], str]:
         "quantile", or "flat" for a map without any contrast, where every token is uncertain.
     """
     labels = np.full(abdiv.shape, UNCERTAIN, np.int8)
-    inside = np.s_[1:-1, 1:-1] if min(abdiv.shape) >= SMALLEST_WITH_RING else np.s_[:, :]
+    inside = _inside(abdiv.shape)
     values = abdiv[inside].astype(np.float64)
     mean, deviation = float(values.mean()), float(values.std())
-    if deviation <= 1e-9 * max(1.0, abs(mean)):
+    if deviation <= FLAT * max(1.0, abs(mean)):
         return labels, "flat"
     interior, rule = values < mean - deviation, "mu-sigma"
     if interior.mean() < SMALLEST_INTERIOR:
@@ -40,3 +41,23 @@ def ternary_labels(abdiv: NDArray[np.float32]) -> tuple[NDArray[np.int8], str]:
     labels[inside][interior] = INTERIOR
     labels[inside][values > mean + deviation] = EDGE
     return labels, rule
+
+
+def standard_scores(abdiv: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(ABDiv − μ)/σ of one image, float32 [H, W]; the outermost ring repeats what lies next to it.
+
+    1 is where edges begin and −1 where the interior ends by `ternary_labels`; a flat map is 0 everywhere.
+    """
+    inside = _inside(abdiv.shape)
+    values = abdiv[inside].astype(np.float64)
+    mean, deviation = float(values.mean()), float(values.std())
+    if deviation <= FLAT * max(1.0, abs(mean)):
+        return np.zeros(abdiv.shape, np.float32)
+    ring = (abdiv.shape[0] - values.shape[0]) // 2
+    scores: NDArray[np.float32] = np.pad((values - mean) / deviation, ring, mode="edge").astype(np.float32)
+    return scores
+
+
+def _inside(shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """The grid without its outermost ring."""
+    return np.s_[1:-1, 1:-1] if min(shape) >= SMALLEST_WITH_RING else np.s_[:, :]
