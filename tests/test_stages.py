@@ -33,7 +33,7 @@ def student(tiny_backbone: PixelBackbone) -> Student:
     student = Student(tiny_backbone, threshold=0.3).eval()
     with torch.no_grad():
         for value in student.decoder.parameters():
-            value.mul_(3)
+            value.mul_(1.6)
     return student
 
 

@@ -24,6 +24,7 @@ from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
+from trace_sdk.student.snapping import snap
 from trace_sdk.teacher.labeller import label_folder
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
@@ -207,12 +208,26 @@ def test_dice_counts_certain_pixels_only() -> None:
     assert dice_loss(logits, torch.full((1, 1, 4), -1)).item() == 0
 
 
-def test_graded_term_is_cross_entropy_with_the_scores() -> None:
-    logits, scores = torch.tensor([[[0.3, -2.0]]]), torch.tensor([[[2.0, -1.0]]])
-    target = 1 / (1 + np.exp(-1.5 * (scores.double().numpy() - 1)))
+def test_graded_term_is_cross_entropy() -> None:
+    logits, graded = torch.tensor([[[0.3, -2.0]]]), torch.tensor([[[0.8, 0.1]]])
     p = 1 / (1 + np.exp(-logits.double().numpy()))
+    target = graded.double().numpy()
     expected = -(target * np.log(p) + (1 - target) * np.log(1 - p)).mean()
-    assert graded_loss(logits, scores).item() == pytest.approx(expected, rel=1e-5)
+    assert graded_loss(logits, graded).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_snapping_keeps_an_edge_band_only_where_the_photo_changes() -> None:
+    rgb = np.zeros((48, 64, 3), np.uint8)
+    rgb[:, 30:] = 200
+    labels = np.zeros((48, 64), np.int8)
+    labels[:, 20:44] = 1
+    scores = np.where(labels == 1, 2.0, -1.5).astype(np.float32)
+    snapped, graded = snap(rgb, labels, scores)
+    columns = np.flatnonzero((snapped == 1).all(0))
+    assert columns.min() >= 26 and columns.max() <= 33 and {29, 30} & set(columns)
+    np.testing.assert_array_equal(snapped[labels == 0], 0)
+    assert ((snapped == -1) == ((labels == 1) & (snapped != 1))).all()
+    assert graded[:, 29:31].min() > 5 * max(graded[:, :20].max(), graded[:, 44:].max())
 
 
 def test_reconstruction_is_the_mean_square() -> None:
@@ -274,12 +289,12 @@ def test_label_crop_lies_over_the_image_crop(tmp_path: Path, tiny_backbone: Pixe
     ternary[:, 6:] = 1
     ternary[0] = -1
     save_label(tmp_path / "half.png.npz", Annotation(ternary.astype(np.float32), ternary, "mu-sigma", (0.1,), None))
-    images, labels, scores = LabelledImages(tmp_path, tmp_path, 0).batch(0, 8, 64)
+    images, labels, graded = LabelledImages(tmp_path, tmp_path, 0).batch(0, 8, 64)
     certain = labels != -1
     bright = images[:, 0] > 0
     assert ((labels == 1) == bright)[certain].float().mean() > 0.97
     assert (labels == -1).any(-1).any(-1).sum() >= 1
-    assert scores[bright].mean() > 0.5 and scores[~bright].mean() < -0.5
+    assert graded.shape == labels.shape and graded.min() >= 0 and graded.max() <= 1
 
 
 def test_no_labels_at_all(photos: Path, tmp_path: Path) -> None:

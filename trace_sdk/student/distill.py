@@ -146,15 +146,15 @@ class _Trainer:
         size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
         return images.batch(step, self.settings.tokens // (size // 8) ** 2, size)
 
-    def train(self, images: Tensor, labels: Tensor, scores: Tensor) -> dict[str, float]:
-        images, labels, scores = (x.to(self.device) for x in (images, labels, scores))
+    def train(self, images: Tensor, labels: Tensor, edges: Tensor) -> dict[str, float]:
+        images, labels, edges = (x.to(self.device) for x in (images, labels, edges))
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
         self.student.train()
         with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
             features, reconstruction = self.student.features(images)
         logits = self.student.decoder(features, images)
         dice = dice_loss(logits, labels)
-        graded = graded_loss(logits, scores)
+        graded = graded_loss(logits, edges)
         rebuilt = reconstruction_loss(reconstruction, images)
         loss = dice + self.settings.graded * graded
         if joint:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.pretraining.training_images import list_photos, open_photo
+from trace_sdk.student.snapping import snap
 from trace_sdk.teacher.labeller import label_file
 from trace_sdk.teacher.labels import load_label
 from trace_sdk.teacher.pseudo_labels import UNCERTAIN, standard_scores
@@ -39,13 +40,13 @@ class LabelledImages:
         """Crops of side `size`, mirrored half of the time.
 
         Returns:
-            images float [count, 3, size, size] in [−1, 1], labels int8 [count, size, size], and standard scores of
-            ABDiv float [count, size, size].
+            images float [count, 3, size, size] in [−1, 1], labels int8 [count, size, size], and graded edges float
+            [count, size, size] in [0, 1]; both snapped, see `snapping`.
         """
         rng = np.random.default_rng([self._seed, step])
-        images, labels, scores = zip(*(self._crop(rng, size) for _ in range(count)), strict=True)
+        images, labels, graded = zip(*(self._crop(rng, size) for _ in range(count)), strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(scores))
+        return pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(graded))
 
     def _crop(
         self, rng: np.random.Generator, size: int
@@ -66,5 +67,6 @@ class LabelledImages:
         shifted = Image.fromarray((label.labels - UNCERTAIN).astype(np.uint8))
         labels = cut(shifted, tokens, Image.Resampling.NEAREST).astype(np.int8) + UNCERTAIN
         scores = cut(Image.fromarray(standard_scores(label.abdiv)), tokens, Image.Resampling.BILINEAR)
+        labels, graded = snap(image, labels.astype(np.int8), scores)
         mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        return image[:, mirror].copy(), labels[:, mirror].astype(np.int8), scores[:, mirror].copy()
+        return image[:, mirror].copy(), labels[:, mirror].copy(), graded[:, mirror].copy()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
 
-GRADE = 1.5  # steepness of the soft edge, per σ of ABDiv
-
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """1 − 2·Σ e·ê / (Σ e² + Σ ê²) over the certain pixels of the batch.
@@ -36,11 +34,6 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     return (reconstruction.float() - images.float()).square().mean()
 
 
-def graded_loss(logits: Tensor, scores: Tensor) -> Tensor:
-    """Cross-entropy against a soft edge: 0.5 where ABDiv is one σ above its mean, rising with it.
-
-    Args:
-        logits: [B, H, W].
-        scores: (ABDiv − μ)/σ, [B, H, W].
-    """
-    return F.binary_cross_entropy_with_logits(logits.float(), (GRADE * (scores - 1)).sigmoid())
+def graded_loss(logits: Tensor, graded: Tensor) -> Tensor:
+    """Cross-entropy against graded edges in [0, 1]; both [B, H, W]."""
+    return F.binary_cross_entropy_with_logits(logits.float(), graded)
