@@ -108,7 +108,11 @@ def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.functions):
+        del part.metadata_props[:]  # stack traces of the machine that exported, as large as a small engine
+        part.doc_string = ""
+    return model
 
 
 def _weights_sha256(student: Student) -> str:
