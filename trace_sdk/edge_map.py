@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import PIL.Image
+from PIL.ImageFilter import MaxFilter
 from numpy.typing import DTypeLike, NDArray
 from PIL.PngImagePlugin import PngInfo
 
@@ -22,6 +23,7 @@ from trace_sdk.images import ImageInput, read_image
 
 OVERLAY_COLOUR = (255, 32, 96)
 _SUFFIXES = (".png", ".npy", ".tif", ".tiff")
+PEN = 800  # longest side, in pixels, for each pixel of the pen to either side
 _TIFF_DESCRIPTION = 270
 
 
@@ -80,8 +82,11 @@ class EdgeMap:
                 f"The image is {photo.shape[1]}x{photo.shape[0]}, the edges are "
                 f"{self.probability.shape[1]}x{self.probability.shape[0]}. Pass the image they were found in."
             )
-        # From half the threshold (clear) to the threshold (opaque).
-        opacity = np.clip(self.probability / np.float32(self.threshold) * 2 - 1, 0, 1)[:, :, None]
+        # Ridges, as wide as a pen on the picture; clear at half the threshold, opaque from the threshold on.
+        lines = self.thin() / np.float32(self.threshold) * 2 - 1
+        width = 2 * round(max(lines.shape) / PEN) + 1
+        pen = PIL.Image.fromarray(np.rint(np.clip(lines, 0, 1) * 255).astype(np.uint8)).filter(MaxFilter(width))
+        opacity = np.asarray(pen, np.float32)[:, :, None] / 255
         drawn = photo + opacity * (np.array(OVERLAY_COLOUR, np.float32) - photo)
         return PIL.Image.fromarray(np.rint(drawn).astype(np.uint8))
 

@@ -7,22 +7,24 @@ from torch import Tensor
 
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.model import Student
-from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
+from trace_sdk.teacher.pseudo_labels import EDGE
 
 STEPS = 99
 
 
 @torch.inference_mode()
 def calibrate_threshold(student: Student, images: LabelledImages, size: int, crops: int = 48) -> float:
-    """The probability k/100 with the best F-measure against the labels' certain pixels, over crops of side `size`."""
+    """The probability k/100 with the best F-measure against the snapped edge labels, over crops of side `size`.
+
+    Uncertain pixels count as no edge here: left out, they would let the threshold fall until bands fill them.
+    """
     device = next(student.parameters()).device
     probabilities, truths = [], []
     for step in range(crops // 4):
-        batch, labels, _ = images.batch(-1 - step + (1 << 30), 4, size)  # steps that training never reaches
+        batch, labels, _ = images.batch(step + (1 << 30), 4, size)  # steps that training never reaches
         logits, _ = student(batch.to(device))
-        certain = labels != UNCERTAIN
-        probabilities.append(logits.cpu().sigmoid()[certain])
-        truths.append(labels[certain] == EDGE)
+        probabilities.append(logits.cpu().sigmoid().flatten())
+        truths.append((labels == EDGE).flatten())
     return best_threshold(torch.cat(probabilities), torch.cat(truths))
 
 
