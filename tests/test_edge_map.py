@@ -94,15 +94,26 @@ def test_binary() -> None:
             edges.binary(wrong)
 
 
-def test_overlay_draws_where_edges_are() -> None:
-    edges = edge_map(np.array([[0.0, 0.2, 0.5, 1.0]]))
+def test_overlay_draws_the_ridges() -> None:
+    probability = np.zeros((9, 20))
+    probability[:, 3:6] = [0.4, 0.9, 0.4]  # an edge whose ridge is column 4
+    probability[:, 14] = 0.2  # below half the threshold
+    edges = edge_map(probability)
     drawn = np.asarray(edges.overlay())
-    assert drawn[0, 0].tolist() == drawn[0, 1].tolist() == [100, 100, 100]
-    assert drawn[0, 2].tolist() == drawn[0, 3].tolist() == [255, 32, 96]
-    other = np.asarray(edges.overlay(np.zeros((1, 4, 3), np.uint8)))
+    assert (drawn[:, 4] == [255, 32, 96]).all()
+    untouched = np.delete(drawn, 4, axis=1)
+    assert (untouched == 100).all()
+    other = np.asarray(edges.overlay(np.zeros((9, 20, 3), np.uint8)))
     assert other[0, 0].tolist() == [0, 0, 0]
-    with pytest.raises(ArgumentError, match="2x2, the edges are 4x1"):
+    with pytest.raises(ArgumentError, match="2x2, the edges are 20x9"):
         edges.overlay(np.zeros((2, 2), np.uint8))
+
+
+def test_overlay_of_a_large_picture_has_a_wider_pen() -> None:
+    probability = np.zeros((30, 1600))
+    probability[:, 700:703] = [0.5, 0.9, 0.5]
+    drawn = np.asarray(edge_map(probability).overlay())
+    assert (drawn[15, :, 0] == 255).sum() == 5
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 import PIL.Image
-from PIL.ImageFilter import MaxFilter
 from numpy.typing import DTypeLike, NDArray
+from PIL.ImageFilter import MaxFilter
 from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk import __version__
@@ -70,7 +70,7 @@ class EdgeMap:
         return self.probability >= threshold
 
     def overlay(self, image: ImageInput | None = None) -> PIL.Image.Image:
-        """The edges drawn over the input, or over another `image` of the same size: RGB, W x H.
+        """The ridges of the edges drawn over the input, or over another `image` of the same size: RGB, W x H.
 
         Raises:
             ArgumentError: `image` has another size.

@@ -14,13 +14,17 @@ case $device in
   cpu)
     pretrain=(--layers 8 --heads 4 --start "$work/pixel-8x256" --tokens 16384 --size 128 --size 128 --size 192 --size 256
       --optimizer muon --learning-rate 1.2e-3 --warmup 30 --ema 0.995 --steps 430 --seed 1)
-    scenes=350 photos=350
-    distill=(--steps 700 --lora-from 0.7)
+    scenes=170 photos=170
+    crops=(--tokens 6400 --size 256 --size 320)
+    joint=(--steps 340 --lora-from 0.85)
+    decoder=(--steps 620 --lora-from 1)
     ;;
   cuda)
     pretrain=(--layers 12 --heads 6 --tokens 262144 --size 256 --learning-rate 7e-4 --steps 12000)
     scenes=6000 photos=5609
-    distill=(--steps 6000 --lora-from 0.3 --tokens 65536)
+    crops=(--tokens 65536)
+    joint=(--steps 6000 --lora-from 0.3)
+    decoder=(--steps 8000 --lora-from 1)
     ;;
   *)
     echo "the second argument is cpu or cuda" >&2
@@ -38,8 +42,12 @@ for part in scenes photos; do
     --form log-per-head -t 0.2 -t 0.4 --precision bf16 --device "$device"
 done
 
-trace-sdk distill "$work/distil" --labels "$work/labels" --backbone "$work/backbone" "${distill[@]}" \
-  --device "$device" -o "$work/student"
+# First decoder and LoRA, then the decoder alone on the backbone that LoRA left.
+for stage in joint decoder; do
+  declare -n settings=$stage
+  trace-sdk distill "$work/distil" --labels "$work/labels" --backbone "$work/backbone" "${crops[@]}" "${settings[@]}" \
+    --device "$device" -o "$work/student"
+done
 trace-sdk export "$work/student" -o "$work/trace-small.onnx" --name trace-small
 
 python "$here/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
