@@ -18,6 +18,7 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.pretraining.state import (
     STATE,
+    check_same_run,
     load_state,
     optimizer_tensors,
     part,
@@ -186,14 +187,7 @@ class _Trainer:
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
-        fixed = ("layers", "heads", "optimizer", "seed")
-        for name in fixed:
-            if settings.get(name) != getattr(self.settings, name):
-                raise ArgumentError(
-                    f"{file} is of a run with {name}={settings.get(name)}, now "
-                    f"{getattr(self.settings, name)} was asked for. "
-                    "Give the same value to go on, or another folder (-o) to start anew."
-                )
+        check_same_run(file, settings, asdict(self.settings), ("layers", "heads", "optimizer", "seed"))
         try:
             self.model.load_state_dict(part(tensors, "model"))
             self.average.load_state_dict(part(tensors, "average"))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.backbones.checkpoint import is_pickle
-from trace_sdk.errors import CheckpointError
+from trace_sdk.errors import ArgumentError, CheckpointError
 
 STATE = "state.safetensors"
 
@@ -43,6 +43,16 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
         raise CheckpointError(
             f"{file} is not a whole training state ({error}). Remove it to start again, or give another folder."
         ) from error
+
+
+def check_same_run(file: Path, before: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...]) -> None:
+    """Raise ArgumentError if a setting that a resumed run must keep differs from the stored one."""
+    for name in fixed:
+        if before.get(name) != now[name]:
+            raise ArgumentError(
+                f"{file} is of a run with {name}={before.get(name)}, now {now[name]} was asked for. "
+                "Give the same value to go on, or another folder (-o) to start anew."
+            )
 
 
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:

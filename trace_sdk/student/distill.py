@@ -15,6 +15,7 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.pretraining.state import (
     STATE,
+    check_same_run,
     load_state,
     optimizer_tensors,
     part,
@@ -84,7 +85,7 @@ def distill(
     Args:
         backbone: the teacher's backbone.
         images: photos with labels; each step's batch depends on (seed, step) alone.
-        out: folder for the state, the log and the finished student.
+        out: folder for the state and the finished student.
         save_seconds: how often the state is saved.
         report: called after each step with the steps done and the loss terms.
 
@@ -180,13 +181,7 @@ class _Trainer:
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
-        for name in ("lora_rank", "seed"):
-            if settings.get(name) != getattr(self.settings, name):
-                raise ArgumentError(
-                    f"{file} is of a run with {name}={settings.get(name)}, now "
-                    f"{getattr(self.settings, name)} was asked for. "
-                    "Give the same value to go on, or another folder (-o) to start anew."
-                )
+        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "seed"))
         try:
             self.student.decoder.load_state_dict(part(tensors, "decoder"))
             with torch.no_grad():
