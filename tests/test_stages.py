@@ -34,7 +34,7 @@ def student(tiny_backbone: PixelBackbone) -> Student:
     with torch.no_grad():
         for value in student.decoder.parameters():
             value.mul_(1.5)
-        student.decoder.logits.weight.mul_(4)
+        torch.nn.init.normal_(student.decoder.residual.weight)
     return student
 
 
@@ -152,7 +152,7 @@ def test_manifest_tells_where_the_engine_comes_from(engine: Path) -> None:
 def test_wrong_graph_is_refused(engine: Path, student: Student) -> None:
     other = EngineGraph(student, half_weights=True)
     with torch.no_grad():
-        other.student.decoder.logits.bias.add_(0.1)
+        other.student.decoder.residual.bias.add_(0.1)
     with pytest.raises(ParityError, match="differs from PyTorch"):
         verify(engine.read_bytes(), other)
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
+from trace_sdk.evaluation.baselines import lab_gradient
 from trace_sdk.pretraining.pretrain import (
     PretrainSettings,
     flow_matching_loss,
@@ -17,9 +18,10 @@ from trace_sdk.pretraining.pretrain import (
     sample_timesteps,
 )
 from trace_sdk.pretraining.scenes import compose
-from trace_sdk.pretraining.state import load_state, save_state
 from trace_sdk.pretraining.training_images import TrainingImages, list_photos, open_cutout
 from trace_sdk.student.calibrate import best_threshold
+from trace_sdk.student.colour_gradient import ColourGradient
+from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
@@ -27,6 +29,7 @@ from trace_sdk.student.model import Student
 from trace_sdk.student.snapping import snap
 from trace_sdk.teacher.labeller import label_folder
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
+from trace_sdk.training.state import load_state, save_state
 
 TINY = PretrainSettings(layers=1, heads=1, steps=6, tokens=128, sizes=(64,), warmup=2, ema=0.9, learning_rate=2e-3)
 SHORT = DistillSettings(steps=6, lora_from=0.5, lora_rank=4, tokens=128, sizes=(64,))
@@ -82,7 +85,7 @@ def test_cut_pretraining_ends_with_the_same_weights(photos: Path, tmp_path: Path
     settings = PretrainSettings(**{**TINY.__dict__, "optimizer": optimizer})
     images = TrainingImages([photos], None, None, 0)
     losses: list[float] = []
-    pretrain(images, tmp_path / "whole", settings, report=lambda step, loss: losses.append(loss))
+    pretrain(images, tmp_path / "whole", settings, report=lambda _, terms: losses.append(terms["loss"]))
     assert len(losses) == 6 and all(np.isfinite(losses))
     with pytest.raises(Stop):
         pretrain(images, tmp_path / "cut", settings, save_seconds=0, report=stop_after(4))
@@ -101,7 +104,7 @@ def test_pretraining_learns(photos: Path, tmp_path: Path) -> None:
         TrainingImages([photos], None, None, 0),
         tmp_path,
         settings,
-        report=lambda _, loss: losses.append(loss),
+        report=lambda _, terms: losses.append(terms["loss"]),
     )
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
@@ -228,6 +231,25 @@ def test_snapping_keeps_an_edge_band_only_where_the_photo_changes() -> None:
     np.testing.assert_array_equal(snapped[labels == 0], 0)
     assert ((snapped == -1) == ((labels == 1) & (snapped != 1))).all()
     assert graded[:, 29:31].min() > 5 * max(graded[:, :20].max(), graded[:, 44:].max())
+
+
+def test_colour_gradient_is_the_baselines(photos: Path) -> None:
+    """Odds g/5 ↔ probability g/(g + 5): in torch as by scipy and scikit-image, borders and black corners included."""
+    rgb = np.array(Image.open(sorted(photos.iterdir())[0]).convert("RGB").resize((72, 56)))
+    rgb[:20, :20] = 0
+    images = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
+    found = ColourGradient()(images).sigmoid()[0, 0].numpy()
+    assert np.abs(found - lab_gradient(rgb)).max() < 2e-3
+
+
+def test_untrained_decoder_answers_with_the_colour_gradient() -> None:
+    torch.manual_seed(0)
+    features, images = torch.randn(2, 6, 8, 12), torch.rand(2, 3, 64, 96) * 2 - 1
+    decoder = EdgeDecoder(6).eval()
+    assert torch.equal(decoder(features, images), decoder.gradient(images)[:, 0])
+    torch.nn.init.normal_(decoder.residual.weight)
+    assert not torch.allclose(decoder(features, images), decoder(features.flip(-1), images))
+    assert not any("gradient" in name for name in decoder.state_dict())  # it is fixed, so it is not stored
 
 
 def test_reconstruction_is_the_mean_square() -> None:

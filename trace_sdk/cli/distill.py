@@ -72,9 +72,9 @@ def command(
     """
     from trace_sdk.backbones.device import torch_device
     from trace_sdk.backbones.pixel import PixelBackbone
-    from trace_sdk.pretraining.state import steps_done
     from trace_sdk.student.distill import DistillSettings, distill
     from trace_sdk.student.labelled_images import LabelledImages
+    from trace_sdk.training.state import steps_done
 
     settings = DistillSettings(
         steps=steps,

@@ -75,8 +75,8 @@ def command(
     """
     from trace_sdk.backbones.device import torch_device
     from trace_sdk.pretraining.pretrain import PretrainSettings, pretrain
-    from trace_sdk.pretraining.state import steps_done
     from trace_sdk.pretraining.training_images import TrainingImages
+    from trace_sdk.training.state import steps_done
 
     settings = PretrainSettings(
         layers=layers,
@@ -98,6 +98,6 @@ def command(
             settings,
             start=start,
             device=torch_device(device),
-            report=lambda step, loss: advance(note=f"loss {loss:.4f}"),
+            report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )
     output.print(f"Backbone written to {out}")

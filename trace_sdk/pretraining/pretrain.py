@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +13,10 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import (
-    STATE,
+from trace_sdk.pretraining.training_images import TrainingImages
+from trace_sdk.training.crops import check_crops, draw_crops, step_generator
+from trace_sdk.training.loop import Report, train_until
+from trace_sdk.training.state import (
     check_same_run,
     load_state,
     optimizer_tensors,
@@ -25,7 +24,6 @@ from trace_sdk.pretraining.state import (
     restore_optimizer,
     save_state,
 )
-from trace_sdk.pretraining.training_images import TrainingImages
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,9 @@ class PretrainSettings:
         """Raise ArgumentError naming the setting that is out of its range."""
         if self.steps < 1:
             raise ArgumentError(f"steps must be at least 1, got {self.steps}.")
-        if not self.sizes or any(size % 8 or size < 64 for size in self.sizes):
-            raise ArgumentError(f"Crop sizes must be multiples of 8 from 64, got {self.sizes}.")
-        if self.tokens < (max(self.sizes) // 8) ** 2:
-            raise ArgumentError(f"{self.tokens} tokens a step hold no crop of {max(self.sizes)} px; raise --tokens.")
+        check_crops(self.sizes, self.tokens)
         if self.optimizer not in ("adamw", "muon"):
             raise ArgumentError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
-
-
-Report = Callable[[int, float], None]
 
 
 def pretrain(
@@ -76,7 +68,7 @@ def pretrain(
     start: Path | None = None,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
-    report: Report = lambda step, loss: None,
+    report: Report = lambda step, losses: None,
 ) -> PixelBackbone:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
 
@@ -86,7 +78,7 @@ def pretrain(
             own format.
         start: folder of weights to start a new run from.
         save_seconds: how often the state is saved.
-        report: called after each step with the steps done and the loss.
+        report: called after each step with the steps done and {"loss": …}.
 
     Returns:
         The backbone with averaged (EMA) weights.
@@ -96,28 +88,8 @@ def pretrain(
         CheckpointError: `start` or the state in `out` cannot be read.
     """
     settings.check()
-    trainer = _Trainer(settings, start, device)
-    state_file = out / STATE
-    if state_file.is_file():
-        trainer.restore(state_file)
-    log: list[str] = []
-    saved = time.monotonic()
-    with ThreadPoolExecutor(1) as loader:  # the next batch is composed while this one trains
-        upcoming = loader.submit(trainer.crops, images, trainer.step)
-        try:
-            while trainer.step < settings.steps:
-                batch = upcoming.result()
-                upcoming = loader.submit(trainer.crops, images, trainer.step + 1)
-                loss = trainer.train(batch)
-                log.append(json.dumps({"step": trainer.step, "loss": round(loss, 5), "size": batch.shape[-1]}))
-                report(trainer.step, loss)
-                if time.monotonic() - saved >= save_seconds:
-                    trainer.save(state_file, log)
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            trainer.save(state_file, log)
-            raise
-    trainer.save(state_file, log)
+    trainer = _Trainer(images, settings, start, device)
+    train_until(settings.steps, trainer, out, save_seconds, report)
     trainer.average.save(out)
     return trainer.average
 
@@ -125,9 +97,12 @@ def pretrain(
 class _Trainer:
     """Model, its running average, optimizers and the step; all that a checkpoint must hold."""
 
-    def __init__(self, settings: PretrainSettings, start: Path | None, device: torch.device | str) -> None:
+    def __init__(
+        self, images: TrainingImages, settings: PretrainSettings, start: Path | None, device: torch.device | str
+    ) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.device, self.step = settings, torch.device(device), 0
+        self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
+        self.log: list[str] = []  # of the steps since the last save
         if start is None:
             model = PixelBackbone.create(num_single_layers=settings.layers, num_attention_heads=settings.heads)
         else:
@@ -142,17 +117,15 @@ class _Trainer:
         self.optimizers = _optimizers(self.model, settings)
         self.denoise = torch.compile(self.model, dynamic=False)
 
-    def crops(self, images: TrainingImages, step: int) -> Tensor:
-        """The batch of a step: float [B, 3, S, S] in [−1, 1]."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
-        size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
-        count = self.settings.tokens // (size // 8) ** 2
-        return torch.from_numpy(images.batch(step, count, size)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def batch(self, step: int) -> Tensor:
+        """float [B, 3, S, S] in [−1, 1]."""
+        generator = step_generator(self.settings.seed, step)
+        count, size = draw_crops(self.settings.sizes, self.settings.tokens, generator)
+        return torch.from_numpy(self.images.batch(step, count, size)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def train(self, batch: Tensor) -> float:
-        """One optimizer step; returns the loss."""
+    def train(self, batch: Tensor) -> dict[str, float]:
         x = batch.to(self.device)
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step + 1)
+        generator = step_generator(self.settings.seed, self.step + 1)
         t = sample_timesteps(len(x), generator).to(self.device)
         noise = torch.randn(x.shape, generator=generator).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -171,9 +144,10 @@ class _Trainer:
             keep = min(self.settings.ema, (self.step + 1) / (self.step + 10))
             for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 average.lerp_(value, 1 - keep)
-        return loss.item()
+        self.log.append(json.dumps({"step": self.step, "loss": round(loss.item(), 5), "size": batch.shape[-1]}))
+        return {"loss": loss.item()}
 
-    def save(self, file: Path, log: list[str]) -> None:
+    def save(self, file: Path) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
@@ -181,9 +155,9 @@ class _Trainer:
         save_state(file, tensors, self.step, asdict(self.settings))
         history = file.with_name("log.jsonl")
         earlier = history.read_text().splitlines() if history.is_file() else []
-        kept = [line for line in earlier if json.loads(line)["step"] <= self.step - len(log)]
-        write_text(history, "".join(f"{line}\n" for line in kept + log))
-        log.clear()
+        kept = [line for line in earlier if json.loads(line)["step"] <= self.step - len(self.log)]
+        write_text(history, "".join(f"{line}\n" for line in kept + self.log))
+        self.log.clear()
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)

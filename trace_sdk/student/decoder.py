@@ -1,7 +1,8 @@
 """The edge decoder G_φ (paper 3.4): per-head divergence at t = 0 and a shallow image stem → edge logits.
 
-The features say where instances part, on the 8 px token grid; the stem, two convolutions deep at each scale,
-says exactly where the picture changes, so that edges are crisp at input resolution.
+The features say where instances part, on the 8 px token grid; the colour gradient says exactly where the picture
+changes. The decoder answers with the gradient's log-odds plus what it has learnt to add: untrained it is the colour
+gradient, and every step of training is spent on which of its edges are an instance's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trace_sdk.student.colour_gradient import ColourGradient
 
 
 class EdgeDecoder(nn.Module):
@@ -21,24 +24,28 @@ class EdgeDecoder(nn.Module):
         super().__init__()
         self.standardise = nn.BatchNorm2d(channels)
         self.tokens = nn.Sequential(nn.Conv2d(channels, width, 1), nn.SiLU(), _conv(width, width), _conv(width, width))
-        self.stem1 = _conv(3, 12)
+        self.gradient = ColourGradient()
+        self.stem1 = _conv(4, 12)
         self.stem2 = _conv(12, 20, stride=2)
         self.stem4 = _conv(20, 32, stride=2)
         self.join4 = _conv(width + 32, 32)
         self.join2 = _conv(32 + 20, 20)
         self.join1 = _conv(20 + 12, 12)
-        self.logits = nn.Conv2d(12, 1, 1)
+        self.residual = nn.Conv2d(12, 1, 1)
+        nn.init.zeros_(self.residual.weight)
+        nn.init.zeros_(self.residual.bias)
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
-        full = self.stem1(images)
+        gradient = self.gradient(images)
+        full = self.stem1(torch.cat([images, gradient], 1))
         half = self.stem2(full)
         quarter = self.stem4(half)
         x = self.tokens(self.standardise(features))
         x = self.join4(torch.cat([_double(x), quarter], 1))
         x = self.join2(torch.cat([_double(x), half], 1))
         x = self.join1(torch.cat([_double(x), full], 1))
-        logits: Tensor = self.logits(x).squeeze(1)
-        return logits
+        logits: Tensor = gradient + self.residual(x)
+        return logits.squeeze(1)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

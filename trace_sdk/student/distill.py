@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +10,13 @@ from torch import Tensor, nn
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
-from trace_sdk.pretraining.state import (
-    STATE,
+from trace_sdk.student.calibrate import calibrate_threshold
+from trace_sdk.student.labelled_images import LabelledImages
+from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
+from trace_sdk.student.model import Student
+from trace_sdk.training.crops import check_crops, draw_crops, step_generator
+from trace_sdk.training.loop import Report, train_until
+from trace_sdk.training.state import (
     check_same_run,
     load_state,
     optimizer_tensors,
@@ -22,10 +24,6 @@ from trace_sdk.pretraining.state import (
     restore_optimizer,
     save_state,
 )
-from trace_sdk.student.calibrate import calibrate_threshold
-from trace_sdk.student.labelled_images import LabelledImages
-from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
-from trace_sdk.student.model import Student
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,7 @@ class DistillSettings:
                 "steps must be ≥ 1, LoRA rank ≥ 0 and lora_from in [0, 1]; "
                 f"got {self.steps}, {self.lora_rank}, {self.lora_from}."
             )
-        if not self.sizes or any(size % 8 or size < 64 for size in self.sizes):
-            raise ArgumentError(f"Crop sizes must be multiples of 8 from 64, got {self.sizes}.")
-        if self.tokens < (max(self.sizes) // 8) ** 2:
-            raise ArgumentError(f"{self.tokens} tokens a step hold no crop of {max(self.sizes)} px; raise --tokens.")
-
-
-Report = Callable[[int, dict[str, float]], None]
+        check_crops(self.sizes, self.tokens)
 
 
 def distill(
@@ -97,26 +89,8 @@ def distill(
         CheckpointError: the state in `out` cannot be read.
     """
     settings.check()
-    trainer = _Trainer(backbone, settings, device)
-    state_file = out / STATE
-    if state_file.is_file():
-        trainer.restore(state_file)
-    saved = time.monotonic()
-    with ThreadPoolExecutor(1) as loader:
-        upcoming = loader.submit(trainer.crops, images, trainer.step)
-        try:
-            while trainer.step < settings.steps:
-                batch = upcoming.result()
-                upcoming = loader.submit(trainer.crops, images, trainer.step + 1)
-                losses = trainer.train(*batch)
-                report(trainer.step, losses)
-                if time.monotonic() - saved >= save_seconds:
-                    trainer.save(state_file)
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            trainer.save(state_file)
-            raise
-    trainer.save(state_file)
+    trainer = _Trainer(backbone, images, settings, device)
+    train_until(settings.steps, trainer, out, save_seconds, report)
     student = trainer.student
     student.merge_lora()
     student.eval()
@@ -128,9 +102,11 @@ def distill(
 class _Trainer:
     """Student, optimizer and step; all that a checkpoint must hold."""
 
-    def __init__(self, backbone: PixelBackbone, settings: DistillSettings, device: torch.device | str) -> None:
+    def __init__(
+        self, backbone: PixelBackbone, images: LabelledImages, settings: DistillSettings, device: torch.device | str
+    ) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.device, self.step = settings, torch.device(device), 0
+        self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
         self.student = Student(backbone)
         self.student.add_lora(settings.lora_rank)
         self.student.to(self.device)
@@ -142,13 +118,14 @@ class _Trainer:
             ]
         )
 
-    def crops(self, images: LabelledImages, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
-        size = self.settings.sizes[int(torch.randint(len(self.settings.sizes), (), generator=generator))]
-        return images.batch(step, self.settings.tokens // (size // 8) ** 2, size)
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        settings = self.settings
+        return self.images.batch(
+            step, *draw_crops(settings.sizes, settings.tokens, step_generator(settings.seed, step))
+        )
 
-    def train(self, images: Tensor, labels: Tensor, edges: Tensor) -> dict[str, float]:
-        images, labels, edges = (x.to(self.device) for x in (images, labels, edges))
+    def train(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+        images, labels, edges = (x.to(self.device) for x in batch)
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
         self.student.train()
         with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):

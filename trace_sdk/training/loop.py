@@ -1,0 +1,60 @@
+"""The loop that pretraining and distillation share: batches prepared ahead, the state saved in time and on Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from trace_sdk.training.state import STATE
+
+Batch = TypeVar("Batch")
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called after each step with the steps done and the loss terms."""
+
+
+class Trainer(Protocol[Batch]):
+    """What is trained, how far it is, and how it is kept."""
+
+    step: int
+
+    def batch(self, step: int) -> Batch:
+        """What `step` learns from; depends on the seed and the step alone, so that a resumed run sees the same."""
+
+    def train(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step: raises `step` by one and returns the loss terms."""
+
+    def save(self, file: Path) -> None:
+        """Write the state, whole or not at all."""
+
+    def restore(self, file: Path) -> None:
+        """Read what `save` wrote."""
+
+
+def train_until(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report) -> None:
+    """Train until `steps` are done, going on from the state in `out` if a run was cut there.
+
+    The state is saved every `save_seconds`, on Ctrl-C and at the end.
+    """
+    file = out / STATE
+    if file.is_file():
+        trainer.restore(file)
+    saved = time.monotonic()
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(trainer.batch, trainer.step)
+        try:
+            while trainer.step < steps:
+                batch = upcoming.result()
+                upcoming = loader.submit(trainer.batch, trainer.step + 1)
+                losses = trainer.train(batch)
+                report(trainer.step, losses)
+                if time.monotonic() - saved >= save_seconds:
+                    trainer.save(file)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            trainer.save(file)
+            raise
+    trainer.save(file)
