@@ -84,6 +84,18 @@ def test_bf16_is_close_to_fp32(tiny_backbone: PixelBackbone, photo: np.ndarray, 
     assert not np.array_equal(exact, fast)
 
 
+@pytest.mark.parametrize("form", ["mean", "log-per-head"])
+def test_blocks_pick_what_is_averaged(tiny_backbone: PixelBackbone, photo: np.ndarray, form: str) -> None:
+    fixed = {"size": 96, "timesteps": (0.2,), "form": form}
+    first, second, both = (
+        Teacher(tiny_backbone, TeacherSettings(**fixed, blocks=blocks)).annotate(photo).abdiv
+        for blocks in ((0,), (1,), None)
+    )
+    assert not np.allclose(first, second)
+    if form == "log-per-head":  # the maps are averaged; in the mean form the attention is
+        np.testing.assert_allclose((first + second) / 2, both, rtol=1e-4)
+
+
 def test_several_timesteps_are_averaged_after_scaling(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
     one, two = (
         Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(t,))).annotate(photo).abdiv for t in (0.2, 0.6)
@@ -98,6 +110,37 @@ def test_mirror_averages_with_the_mirrored_photo(tiny_backbone: PixelBackbone, p
     left = Teacher(tiny_backbone, settings).annotate(photo).abdiv
     right = Teacher(tiny_backbone, settings).annotate(np.ascontiguousarray(photo[:, ::-1])).abdiv
     np.testing.assert_allclose(left, right[:, ::-1], rtol=1e-3, atol=1e-5)
+
+
+def test_windows_are_read_alone_and_joined(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    """A photo of one window is read as it is; of more, each inner part is what its own window says."""
+    fixed = {"size": 96, "timesteps": (0.0,), "form": "log-per-head"}  # 80×96 px
+    whole = Teacher(tiny_backbone, TeacherSettings(**fixed))
+    one = Teacher(tiny_backbone, TeacherSettings(**fixed, tile=96)).annotate(photo).abdiv
+    np.testing.assert_allclose(one, whole.annotate(photo).abdiv, rtol=1e-6)
+    joined = Teacher(tiny_backbone, TeacherSettings(**fixed, tile=64)).annotate(photo).abdiv  # windows at 0 and 16, 32
+    images = whole.prepare(photo)
+    corner = images[..., :64, :64]
+    alone = whole.divergence(corner, torch.zeros_like(corner), (0.0,))
+    assert joined.shape == (10, 12)
+    np.testing.assert_allclose(joined[:2, :4], alone[:2, :4], rtol=1e-5)  # tokens of no other window
+    assert not np.allclose(joined, one)
+
+
+@pytest.mark.parametrize("form", ["mean", "log-per-head"])
+def test_emergence_in_windows_is_the_mean_of_their_curves(
+    tiny_backbone: PixelBackbone, photo: np.ndarray, form: str
+) -> None:
+    settings = {"size": 128, "stride": 250, "window": (0.2, 0.8), "form": form}
+    wide = np.concatenate([photo, photo], axis=1)[: photo.shape[0] // 2 + 4]
+    teacher = Teacher(tiny_backbone, TeacherSettings(**settings, tile=64))
+    images = teacher.prepare(wide)
+    noise = teacher.noise_like(images)
+    assert images.shape == (1, 3, 64, 128)
+    with torch.inference_mode():
+        joined = teacher.emergence(images, noise).kl
+        parts = [teacher.emergence(images[..., x : x + 64], noise[..., x : x + 64]).kl for x in (0, 32, 64)]
+    np.testing.assert_allclose(joined, np.mean(parts, axis=0), rtol=1e-4)
 
 
 def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: PixelBackbone) -> None:
@@ -118,10 +161,15 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
     ("setting", "fragment"),
     [
         ({"size": 32}, "size must be at least 64"),
+        ({"tile": 100}, "tile must be a multiple of 8"),
+        ({"tile": 56}, "tile must be a multiple of 8"),
         ({"timesteps": (1.2,)}, r"\[0, 1\)"),
         ({"timesteps": ()}, r"\[0, 1\)"),
         ({"trajectory": "sideways"}, "trajectory must be one of"),
         ({"form": "median"}, "form must be one of"),
+        ({"blocks": ()}, "at least one block"),
+        ({"blocks": (0, 2)}, r"0 … 1"),
+        ({"blocks": (-1,)}, r"0 … 1"),
         ({"precision": "fp8"}, "precision must be"),
         ({"neighbourhood": 6}, "neighbourhood must be"),
         ({"neighbourhood": 8, "form": "per-head"}, "neighbourhood must be"),

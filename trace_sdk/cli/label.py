@@ -27,6 +27,11 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 )
 @click.option("--size", default=512, show_default=True, help="Longest side shown to the backbone, in px.")
 @click.option(
+    "--tile",
+    type=int,
+    help="Read larger photos in square windows of this side, in px: finer tokens, at --size 800 or so.  [default: whole]",
+)
+@click.option(
     "-t",
     "--timestep",
     "timesteps",
@@ -57,6 +62,13 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     help="Divergence of the head-averaged map, or mean over the heads' own (no N×N map).",
 )
 @click.option("--neighbourhood", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option(
+    "--block",
+    "blocks",
+    multiple=True,
+    type=int,
+    help="Only this self-attention block, from 0; repeatable. The first and last ones often see texture.  [default: all]",
+)
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option(
     "--precision",
@@ -79,12 +91,14 @@ def command(
     backbone: Path,
     out: Path,
     size: int,
+    tile: int | None,
     timesteps: tuple[float, ...],
     stride: int,
     window: tuple[float, float],
     trajectory: str,
     form: str,
     neighbourhood: str,
+    blocks: tuple[int, ...],
     mirror: bool,
     precision: str,
     seed: int,
@@ -116,12 +130,14 @@ def command(
 
     settings = TeacherSettings(
         size=size,
+        tile=tile,
         timesteps=timesteps or None,
         stride=stride,
         window=window,
         trajectory=trajectory,
         form=form,
         neighbourhood=int(neighbourhood),
+        blocks=blocks or None,
         mirror=mirror,
         precision=precision,
         seed=seed,

@@ -32,8 +32,8 @@ class EdgeDecoder(nn.Module):
         self.join2 = _conv(32 + 20, 20)
         self.join1 = _conv(20 + 12, 12)
         self.residual = nn.Conv2d(12, 1, 1)
-        nn.init.zeros_(self.residual.weight)
-        nn.init.zeros_(self.residual.bias)
+        for value in self.residual.parameters():
+            nn.init.zeros_(value)
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         gradient = self.gradient(images)

@@ -37,6 +37,9 @@ class DistillSettings:
         lora_rank: 0 leaves the backbone as it is.
         tokens: tokens a step; each step takes as many crops of its size as fit.
         sizes: crop sides in pixels, taken in turn at random.
+        batches: how many different batches there are, taken in turn; 0 makes a new one for every step. Kept in
+            memory together with their features as long as the backbone stands still, which saves its pass: at
+            6,400 tokens about 9 MB and, on a CPU, four fifths of the time.
         graded: weight of the graded term, see `losses`.
         reconstruction: weight of ‖I − Î‖².
     """
@@ -46,6 +49,7 @@ class DistillSettings:
     lora_rank: int = 64
     tokens: int = 16 * 1024
     sizes: tuple[int, ...] = (192, 256, 320)
+    batches: int = 0
     learning_rate: float = 2e-3
     lora_learning_rate: float = 2e-4
     graded: float = 4.0
@@ -54,10 +58,10 @@ class DistillSettings:
 
     def check(self) -> None:
         """Raise ArgumentError naming the setting that is out of its range."""
-        if self.steps < 1 or self.lora_rank < 0 or not 0 <= self.lora_from <= 1:
+        if self.steps < 1 or self.lora_rank < 0 or self.batches < 0 or not 0 <= self.lora_from <= 1:
             raise ArgumentError(
-                "steps must be ≥ 1, LoRA rank ≥ 0 and lora_from in [0, 1]; "
-                f"got {self.steps}, {self.lora_rank}, {self.lora_from}."
+                "steps must be ≥ 1, LoRA rank and batches ≥ 0 and lora_from in [0, 1]; "
+                f"got {self.steps}, {self.lora_rank}, {self.batches}, {self.lora_from}."
             )
         check_crops(self.sizes, self.tokens)
 
@@ -99,6 +103,10 @@ def distill(
     return student
 
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images, snapped labels and graded edges; see `LabelledImages.batch`."""
+
+
 class _Trainer:
     """Student, optimizer and step; all that a checkpoint must hold."""
 
@@ -110,6 +118,8 @@ class _Trainer:
         self.student = Student(backbone)
         self.student.add_lora(settings.lora_rank)
         self.student.to(self.device)
+        self.known: dict[int, Batch] = {}  # by number
+        self.read: dict[int, tuple[Tensor, Tensor]] = {}  # features and reconstruction of known batches
         self.lora = [value for value in self.student.backbone.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -118,18 +128,36 @@ class _Trainer:
             ]
         )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, step: int) -> tuple[int, Batch]:
+        """(number, images with labels); the number tells equal batches."""
         settings = self.settings
-        return self.images.batch(
-            step, *draw_crops(settings.sizes, settings.tokens, step_generator(settings.seed, step))
-        )
+        number = step % settings.batches if settings.batches else step
+        if number in self.known:
+            return number, self.known[number]
+        crops = draw_crops(settings.sizes, settings.tokens, step_generator(settings.seed, number))
+        batch = self.images.batch(number, *crops)
+        if settings.batches:
+            self.known[number] = batch
+        return number, batch
 
-    def train(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    def features(self, number: int, images: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+        """The student's features and reconstruction; from memory while no LoRA changes them."""
+        if joint:
+            self.read.clear()
+        if number in self.read:
+            return self.read[number]
+        with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
+            answer = self.student.features(images)
+        if self.settings.batches and not joint:
+            self.read[number] = answer
+        return answer
+
+    def train(self, numbered: tuple[int, Batch]) -> dict[str, float]:
+        number, batch = numbered
         images, labels, edges = (x.to(self.device) for x in batch)
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
         self.student.train()
-        with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
-            features, reconstruction = self.student.features(images)
+        features, reconstruction = self.features(number, images, joint=joint)
         logits = self.student.decoder(features, images)
         dice = dice_loss(logits, labels)
         graded = graded_loss(logits, edges)
@@ -158,7 +186,7 @@ class _Trainer:
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "seed"))
+        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "batches", "seed"))
         try:
             self.student.decoder.load_state_dict(part(tensors, "decoder"))
             with torch.no_grad():

@@ -54,7 +54,7 @@ class LabelledImages:
         photo_file, label_file = self.pairs[rng.integers(len(self.pairs))]
         photo, label = open_photo(photo_file), load_label(label_file)
         short = min(photo.size)
-        side = min(short, round(short * rng.uniform(0.7, 1.0)))
+        side = min(short, round(short * rng.uniform(0.5, 1.0)))
         left, top = int(rng.integers(0, photo.width - side + 1)), int(rng.integers(0, photo.height - side + 1))
         box = (left, top, left + side, top + side)
         across, down = label.labels.shape[1] / photo.width, label.labels.shape[0] / photo.height

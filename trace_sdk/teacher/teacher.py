@@ -25,6 +25,7 @@ from trace_sdk.teacher.emergence import (
     temporal_kl,
 )
 from trace_sdk.teacher.pseudo_labels import ternary_labels
+from trace_sdk.tiling import Window, blend, tiles
 
 FORMS = ("mean", "per-head", "log-per-head")
 
@@ -36,6 +37,9 @@ class TeacherSettings:
     Attributes:
         size: longest side in pixels at which the image is shown, both scaled up and down; sides become
             multiples of 8, from 64.
+        tile: side in pixels of square windows, overlapping by a quarter, in which a larger image is read; their
+            ABDiv is blended, and the KL of the IEP is the mean over all of them. Finer tokens without attention
+            over more of them than the backbone was trained on. None reads the image whole.
         timesteps: fixed timesteps in [0, 1) whose ABDiv maps are averaged, each divided by its mean;
             None finds t* by the Instance Emergence Point.
         stride: of the IEP schedule, in thousandths.
@@ -52,6 +56,7 @@ class TeacherSettings:
     """
 
     size: int = 512
+    tile: int | None = None
     timesteps: tuple[float, ...] | None = None
     stride: int = 100
     window: tuple[float, float] = (0.1, 0.6)
@@ -67,6 +72,8 @@ class TeacherSettings:
         """Raise ArgumentError naming the setting that is out of its range."""
         if self.size < PixelBackbone.min_size:
             raise ArgumentError(f"size must be at least {PixelBackbone.min_size} px, got {self.size}.")
+        if self.tile is not None and (self.tile < PixelBackbone.min_size or self.tile % PixelBackbone.multiple_of):
+            raise ArgumentError(f"tile must be a multiple of 8 px from 64, got {self.tile}.")
         if self.timesteps is not None and not (self.timesteps and all(0 <= t < 1 for t in self.timesteps)):
             raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
         if self.trajectory not in TRAJECTORIES:
@@ -75,6 +82,8 @@ class TeacherSettings:
             raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
         if self.precision not in ("fp32", "bf16"):
             raise ArgumentError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        if self.blocks == ():
+            raise ArgumentError("blocks must name at least one block, or be None for all.")
         if self.neighbourhood not in NEIGHBOURHOODS or (self.form != "mean" and self.neighbourhood != 4):
             raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with a per-head form), got {self.neighbourhood}.")
 
@@ -106,12 +115,18 @@ class Teacher:
     Args:
         backbone: used as it is, in evaluation mode, on the device where its weights are.
         settings: see `TeacherSettings`.
+
+    Raises:
+        ArgumentError: a setting is out of its range, or the backbone has no such block.
     """
 
     def __init__(self, backbone: PixelBackbone, settings: TeacherSettings | None = None) -> None:
         self.backbone = backbone.eval()
         self.settings = settings or TeacherSettings()
         self.settings.check()
+        last = self.backbone.self_attention_blocks - 1
+        if self.settings.blocks is not None and not all(0 <= block <= last for block in self.settings.blocks):
+            raise ArgumentError(f"blocks must lie in 0 … {last} for this backbone, got {self.settings.blocks}.")
 
     @torch.inference_mode()
     def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
@@ -130,10 +145,9 @@ class Teacher:
         else:
             timesteps = self.settings.timesteps
         found = time.perf_counter()
-        total = self.divergence(images, noise, timesteps)
+        divergence = self.divergence(images, noise, timesteps)
         if self.settings.mirror:
-            total = (total + self.divergence(images.flip(-1), noise, timesteps).flip(-1)) / 2
-        divergence = total[0].float().cpu().numpy()
+            divergence = (divergence + self.divergence(images.flip(-1), noise, timesteps)[:, ::-1]) / 2
         labels, rule = ternary_labels(divergence)
         seconds = {"iep": found - begin, "abdiv": time.perf_counter() - found}
         return Annotation(divergence, labels, rule, timesteps, emergence, seconds)
@@ -164,7 +178,8 @@ class Teacher:
         return average.log_mean()
 
     def emergence(self, images: Tensor, noise: Tensor) -> Emergence:
-        """The KL curve over the schedule and t*; two maps are held at a time."""
+        """The KL curve of one image [1, 3, H, W] over the schedule, and t*; two maps a window are held at a time."""
+        images, noise = self._cut(images), self._cut(noise)
         timesteps = schedule(self.settings.stride)
         kl: list[float] = []
         previous: Tensor | None = None
@@ -175,12 +190,36 @@ class Teacher:
             previous = current
         return emergence_point(timesteps[1:], tuple(kl), self.settings.window)
 
-    def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> Tensor:
-        """ABDiv at one timestep in nats, or the mean of several maps each divided by its mean: [B, H, W]."""
-        maps = [self._abdiv_at(x_t, t) for t, x_t in self.trajectory(images, noise, timesteps)]
+    def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
+        """ABDiv of one image [1, 3, H, W]: float32 [h, w] over its tokens.
+
+        In nats at one timestep; of several, the mean of their maps, each divided by its own mean.
+        """
+        steps = self.trajectory(self._cut(images), self._cut(noise), timesteps)
+        maps = [self._join(self._abdiv_at(x_t, t), images) for t, x_t in steps]
         if len(maps) == 1:
             return maps[0]
-        return torch.stack([m / m.mean((-2, -1), keepdim=True).clamp_min(1e-12) for m in maps]).mean(0)
+        return np.mean([m / max(float(m.mean()), 1e-12) for m in maps], axis=0, dtype=np.float32)
+
+    def _windows(self, images: Tensor) -> tuple[list[Window], int]:
+        """The windows of an image in pixels, and their overlap."""
+        height, width = images.shape[-2:]
+        tile, step = self.settings.tile or max(height, width), self.backbone.multiple_of
+        overlap = tile // 4 // step * step
+        return tiles(height, width, tile, overlap, step), overlap
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """One image [1, 3, H, W] as its windows: [windows, 3, h, w]."""
+        windows, _ = self._windows(images)
+        return torch.cat([images[..., window.slices[0], window.slices[1]] for window in windows])
+
+    def _join(self, maps: Tensor, images: Tensor) -> NDArray[np.float32]:
+        """Maps over the tokens of each window [windows, h, w] as one over those of the image [h, w]."""
+        windows, overlap = self._windows(images)
+        step = self.backbone.multiple_of
+        tokens = [Window(*(side // step for side in window)) for window in windows]
+        pieces = zip(tokens, maps.detach().float().cpu().numpy(), strict=True)
+        return blend(pieces, *self.backbone.token_grid((images.shape[-2], images.shape[-1])), overlap // step)
 
     def _abdiv_at(self, x_t: Tensor, t: float) -> Tensor:
         if self.settings.form == "mean":
