@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.evaluation.baselines import lab_gradient
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "trace-small"
 
 
@@ -188,3 +191,29 @@ class TestComposeScenes:
                 assert (scene.size, scene.mode, ids.size, ids.mode) == ((64, 64), "RGB", (64, 64), "L")
                 instances += len(np.unique(np.asarray(ids))) - 1
         assert instances >= 4
+
+
+def test_teacher_edges_write_a_map_for_each_sample(
+    tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snapped, the map is nowhere above the photo's colour gradient; plain, it spans [0, 1]."""
+    tiny_backbone.save(tmp_path / "backbone")
+    photo = Image.open(photos / "a.png").convert("RGB")
+    (tmp_path / "set").mkdir()
+    photo.save(tmp_path / "set/a.png")
+    Image.fromarray(np.zeros((photo.height, photo.width), np.uint8)).save(tmp_path / "set/a.ids.png")
+    common = (tmp_path / "set", "--form", "log-per-head", "-t", "0.2", "--size", "96", "--block", "1")
+    for out, more in (("plain", ()), ("snapped", ("--snapped", "--tile", "64"))):
+        run_script(monkeypatch, "teacher_edges", tmp_path / "backbone", tmp_path / out, *common, *more)
+    plain, snapped = (np.load(tmp_path / out / "set/a.npy") for out in ("plain", "snapped"))
+    assert plain.shape == snapped.shape == (photo.height, photo.width)
+    assert plain.min() == 0 and plain.max() == 1
+    gradient = lab_gradient(np.asarray(photo))
+    assert (snapped <= gradient + 1e-6).all() and not np.allclose(snapped, gradient, atol=0.05)
+
+
+def test_random_backbone_is_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_script(monkeypatch, "random_backbone", tmp_path / "one")
+    run_script(monkeypatch, "random_backbone", tmp_path / "two")
+    assert PixelBackbone.load(tmp_path / "one").self_attention_blocks == 8
+    assert PixelBackbone.sha256(tmp_path / "one") == PixelBackbone.sha256(tmp_path / "two")

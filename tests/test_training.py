@@ -326,7 +326,7 @@ def test_kept_features_change_nothing(
 
 
 def test_student_learns_its_labels(tiny_backbone: PixelBackbone, photos: Path, labels: Path, tmp_path: Path) -> None:
-    """On two batches: what the colour gradient, where it starts, has wrong by the labels falls by three tenths at least."""
+    """On two batches: what the colour gradient, where it starts, has wrong falls by three tenths."""
     tiny_backbone.save(tmp_path / "backbone")
     losses: list[float] = []
     settings = DistillSettings(steps=120, lora_rank=0, tokens=256, sizes=(64,), batches=2, learning_rate=5e-3)

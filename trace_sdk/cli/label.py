@@ -29,7 +29,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 @click.option(
     "--tile",
     type=int,
-    help="Read larger photos in square windows of this side, in px: finer tokens, at --size 800 or so.  [default: whole]",
+    help="Read larger photos in square windows of this side, in px: finer tokens at --size 800.  [default: whole]",
 )
 @click.option(
     "-t",
@@ -67,7 +67,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     "blocks",
     multiple=True,
     type=int,
-    help="Only this self-attention block, from 0; repeatable. The first and last ones often see texture.  [default: all]",
+    help="Only this block, from 0; repeatable. The first and the last often see texture.  [default: all]",
 )
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option(

@@ -30,10 +30,15 @@ def snap(
 
     Returns:
         labels in which only the steepest pixels of an edge band stay edge, its others uncertain; and graded edges
-        float32 [H, W] in [0, 1]: √(soft edge of the score) × colour gradient.
+        float32 [H, W] in [0, 1], see `graded_edges`.
     """
     gradient = lab_gradient(rgb)
     steepest = gradient >= SHARE * maximum_filter(gradient, REACH)
     snapped = np.where((labels == EDGE) & ~steepest, UNCERTAIN, labels).astype(np.int8)
+    return snapped, graded_edges(gradient, scores)
+
+
+def graded_edges(gradient: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """√(soft edge of the score) × colour gradient, both [H, W] at one size: what the student is to answer."""
     soft = 1 / (1 + np.exp(-GRADE * (scores - 1)))
-    return snapped, (np.sqrt(soft) * gradient).astype(np.float32)
+    return (np.sqrt(soft) * gradient).astype(np.float32)
