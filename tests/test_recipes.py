@@ -193,7 +193,7 @@ class TestComposeScenes:
         assert instances >= 4
 
 
-def test_teacher_edges_write_a_map_for_each_sample(
+def test_teacher_edges_write_two_maps_for_each_sample(
     tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Snapped, the map is nowhere above the photo's colour gradient; plain, it spans [0, 1]."""
@@ -202,10 +202,9 @@ def test_teacher_edges_write_a_map_for_each_sample(
     (tmp_path / "set").mkdir()
     photo.save(tmp_path / "set/a.png")
     Image.fromarray(np.zeros((photo.height, photo.width), np.uint8)).save(tmp_path / "set/a.ids.png")
-    common = (tmp_path / "set", "--form", "log-per-head", "-t", "0.2", "--size", "96", "--block", "1")
-    for out, more in (("plain", ()), ("snapped", ("--snapped", "--tile", "64"))):
-        run_script(monkeypatch, "teacher_edges", tmp_path / "backbone", tmp_path / out, *common, *more)
-    plain, snapped = (np.load(tmp_path / out / "set/a.npy") for out in ("plain", "snapped"))
+    options = ("--form", "log-per-head", "-t", "0.2", "--size", "96", "--tile", "64", "--block", "1")
+    run_script(monkeypatch, "teacher_edges", tmp_path / "backbone", tmp_path / "out", tmp_path / "set", *options)
+    plain, snapped = (np.load(tmp_path / "out" / form / "set/a.npy") for form in ("plain", "snapped"))
     assert plain.shape == snapped.shape == (photo.height, photo.width)
     assert plain.min() == 0 and plain.max() == 1
     gradient = lab_gradient(np.asarray(photo))

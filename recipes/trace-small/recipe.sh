@@ -13,15 +13,18 @@ here=$(cd "$(dirname "$0")" && pwd)
 case $device in
   cpu)
     pretrain=(--layers 8 --heads 4 --start "$work/pixel-8x256" --tokens 16384 --size 128 --size 128 --size 192 --size 256
-      --optimizer muon --learning-rate 1.2e-3 --warmup 30 --ema 0.995 --steps 430 --seed 1)
-    scenes=170 photos=170
-    crops=(--tokens 6400 --size 256 --size 320)
-    joint=(--steps 340 --lora-from 0.85)
-    decoder=(--steps 620 --lora-from 1)
+      --optimizer muon --learning-rate 1.2e-3 --warmup 30 --ema 0.995 --steps 160 --seed 1)
+    scenes=220 photos=220
+    blocks=(--block 2 --block 3 --block 4 --block 5 --block 6)
+    crops=(--tokens 4800 --size 256 --size 320 --batches 150)
+    joint=(--steps 140 --lora-from 0.8)
+    decoder=(--steps 1100 --lora-from 1)
     ;;
   cuda)
     pretrain=(--layers 12 --heads 6 --tokens 262144 --size 256 --learning-rate 7e-4 --steps 12000)
     scenes=6000 photos=5609
+    # The middle blocks, as on the small backbone; which are best here is not measured.
+    blocks=(--block 3 --block 4 --block 5 --block 6 --block 7 --block 8 --block 9)
     crops=(--tokens 65536)
     joint=(--steps 6000 --lora-from 0.3)
     decoder=(--steps 8000 --lora-from 1)
@@ -37,9 +40,10 @@ trace-sdk pretrain "$work/photos" "$work/train/backgrounds" --cutouts "$work/tra
 
 python "$here/compose_scenes.py" "$work/train" "$work/distil/scenes" --count "$scenes"
 python "$here/sample_photos.py" "$work/photos" "$work/distil/photos" --count "$photos"
-for part in scenes photos; do
-  trace-sdk label "$work/distil/$part" --backbone "$work/backbone" -o "$work/labels/$part" --size 448 \
-    --form log-per-head -t 0.2 -t 0.4 --precision bf16 --device "$device"
+# Photos are read at a finer scale than scenes of 256 px, both in windows as large as the crops of pretraining.
+for part in scenes:448 photos:800; do
+  trace-sdk label "$work/distil/${part%:*}" --backbone "$work/backbone" -o "$work/labels/${part%:*}" \
+    --size "${part#*:}" --tile 256 --form log-per-head -t 0.2 "${blocks[@]}" --precision bf16 --device "$device"
 done
 
 # First decoder and LoRA, then the decoder alone on the backbone that LoRA left.

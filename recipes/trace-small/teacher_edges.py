@@ -1,4 +1,6 @@
-"""Write a teacher's edges as soft maps for `trace-sdk evaluate --edges NAME=OUT`.
+"""Write a teacher's edges as soft maps for `trace-sdk evaluate --edges teacher=OUT/plain --edges target=OUT/snapped`.
+
+Plain is its ABDiv; snapped is what a student learns, the same times the photo's colour gradient.
 
 python recipes/trace-small/teacher_edges.py WORK/backbone OUT DATASET… --form log-per-head -t 0.2 --size 800 --tile 256
 python recipes/trace-small/teacher_edges.py WORK/backbone OUT DATASET… --limit 20          # t by IEP
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from trace_sdk.atomic import write_whole
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli.console import progress
 from trace_sdk.evaluation.baselines import lab_gradient
@@ -31,13 +34,19 @@ def snapped_map(abdiv: NDArray[np.float32], rgb: NDArray[np.uint8]) -> NDArray[n
     return graded_edges(lab_gradient(rgb), enlarge(standard_scores(abdiv), rgb.shape[:2]))
 
 
+def save(file: Path, edges: NDArray[np.float32]) -> None:
+    """Write one map, whole or not at all."""
+    with write_whole(file) as stream:
+        np.save(stream, edges)
+
+
 def enlarge(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """[h, w] over tokens as [H, W] over pixels, bicubic."""
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def main() -> None:
-    """One .npy an image; images that have one are skipped."""
+    """Two .npy an image; images that have them are skipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", type=Path)
     parser.add_argument("out", type=Path)
@@ -47,7 +56,6 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="mean")
     parser.add_argument("--block", dest="blocks", action="append", type=int)
     parser.add_argument("-t", "--timestep", dest="timesteps", action="append", type=float)
-    parser.add_argument("--snapped", action="store_true", help="times the colour gradient: the student's target")
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
     settings = TeacherSettings(
@@ -65,12 +73,12 @@ def main() -> None:
             dataset = dataset.first(options.limit)
         with progress(dataset.name, total=len(dataset.names)) as advance:
             for name in dataset.names:
-                file = options.out / dataset.name / f"{name}.npy"
-                if not file.is_file():
+                plain, snapped = (options.out / form / dataset.name / f"{name}.npy" for form in ("plain", "snapped"))
+                if not snapped.is_file():
                     rgb = dataset.read(name).rgb
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     abdiv = teacher.annotate(rgb).abdiv
-                    np.save(file, snapped_map(abdiv, rgb) if options.snapped else soft_map(abdiv, rgb.shape[:2]))
+                    save(plain, soft_map(abdiv, rgb.shape[:2]))
+                    save(snapped, snapped_map(abdiv, rgb))
                 advance(note=name)
 
 
