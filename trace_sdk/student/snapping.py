@@ -41,4 +41,5 @@ def snap(
 def graded_edges(gradient: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float32]:
     """√(soft edge of the score) × colour gradient, both [H, W] at one size: what the student is to answer."""
     soft = 1 / (1 + np.exp(-GRADE * (scores - 1)))
-    return (np.sqrt(soft) * gradient).astype(np.float32)
+    graded: NDArray[np.float32] = (np.sqrt(soft) * gradient).astype(np.float32)
+    return graded

@@ -147,7 +147,8 @@ class Teacher:
         found = time.perf_counter()
         divergence = self.divergence(images, noise, timesteps)
         if self.settings.mirror:
-            divergence = (divergence + self.divergence(images.flip(-1), noise, timesteps)[:, ::-1]) / 2
+            mirrored = self.divergence(images.flip(-1), noise, timesteps)[:, ::-1]
+            divergence = ((divergence + mirrored) / 2).astype(np.float32)
         labels, rule = ternary_labels(divergence)
         seconds = {"iep": found - begin, "abdiv": time.perf_counter() - found}
         return Annotation(divergence, labels, rule, timesteps, emergence, seconds)
@@ -199,7 +200,8 @@ class Teacher:
         maps = [self._join(self._abdiv_at(x_t, t), images) for t, x_t in steps]
         if len(maps) == 1:
             return maps[0]
-        return np.mean([m / max(float(m.mean()), 1e-12) for m in maps], axis=0, dtype=np.float32)
+        scaled: NDArray[np.float32] = np.mean([m / max(float(m.mean()), 1e-12) for m in maps], axis=0, dtype=np.float32)
+        return scaled
 
     def _windows(self, images: Tensor) -> tuple[list[Window], int]:
         """The windows of an image in pixels, and their overlap."""
