@@ -93,7 +93,8 @@ def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
     # A batch of 2: with 1 the exporter bakes the batch in without a word.
     example = torch.zeros(2, 96, 128, 3, dtype=torch.uint8)
     shapes = {"image": {0: Dim("batch"), 1: 8 * Dim("rows", min=8), 2: 8 * Dim("columns", min=8)}}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for chatty in ("torch.onnx", "onnxscript"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -1,6 +1,7 @@
 """The whole line as a user runs it: pretrain → label → distill → export → info → detect, each a command."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,10 @@ def test_engine_answers_like_torch_at_the_input_size(engine: Path, student: Stud
 
 
 def test_fp16_weights_halve_the_file_and_hardly_move_the_answer(
-    engine: Path, student: Student, photos: Path, tmp_path: Path
+    engine: Path, student: Student, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     export_onnx(student, tmp_path / "full.onnx", name="full", precision="fp32")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "noise to whoever exports"
     assert engine.stat().st_size < 0.65 * (tmp_path / "full.onnx").stat().st_size
     half, full = (
         EdgeDetector(file, device="cpu", size=96).run(photos / "a.png").probability
