@@ -39,7 +39,7 @@ class DistillSettings:
         sizes: crop sides in pixels, taken in turn at random.
         batches: how many different batches there are, taken in turn; 0 makes a new one for every step. Kept in
             memory together with their features as long as the backbone stands still, which saves its pass: at
-            6,400 tokens about 9 MB and, on a CPU, four fifths of the time.
+            6,400 tokens about 11 MB a batch; seen on a CPU: 2.6 s a step at first, then 0.6 s.
         graded: weight of the graded term, see `losses`.
         reconstruction: weight of ‖I − Î‖².
     """
