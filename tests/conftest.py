@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available() and find_spec("triton"):
+    # Triton reads this once, when it is first imported, which diffusers does below; see tests/kernels/conftest.py.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.engines.manifest import Manifest, seal
@@ -94,8 +104,6 @@ def tiny_graph(gain: float) -> Any:
 @pytest.fixture(scope="session")
 def tiny_backbone() -> PixelBackbone:
     """A real pixel backbone, two blocks of two heads, with weights random enough for varied attention."""
-    import torch
-
     torch.manual_seed(0)
     backbone = PixelBackbone.create(num_single_layers=2, num_attention_heads=2)
     with torch.no_grad():

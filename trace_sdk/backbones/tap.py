@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 
@@ -27,6 +28,9 @@ class SelfAttention:
         grid: (H, W) in tokens.
         scale: factor on query·key before the softmax, 1/√d unless the model says otherwise.
         mean_key: [B, heads, H·W, d], softmax(QKᵀ·scale)·K over the image tokens, where the tap was asked for it.
+        joint_lse: float32 [B, heads, H·W], natural log-sum-exp of the scores over image *and* text keys, where the
+            model's own attention call left one; `kernels.lse_of` takes the text out of it.
+        text_key: [B, heads, T, d], the keys that are not the image's, beside `joint_lse`.
     """
 
     block: int
@@ -35,6 +39,8 @@ class SelfAttention:
     grid: tuple[int, int]
     scale: float
     mean_key: Tensor | None = None
+    joint_lse: Tensor | None = None
+    text_key: Tensor | None = None
 
 
 ImageTokens = Callable[[int, int], "tuple[slice, tuple[int, int]] | None"]
@@ -81,16 +87,63 @@ class SelfAttentionTap(TorchFunctionMode):
                 tokens, grid = found
                 scale = kwargs.get("scale")
                 scale = query.shape[-1] ** -0.5 if scale is None else scale
-                answer = mean_key = None
+                answer = mean_key = joint_lse = text_key = None
+                value = args[2] if len(args) > 2 else kwargs["value"]
                 if self._share_softmax:
-                    value = args[2] if len(args) > 2 else kwargs["value"]
                     answer, mean_key = attention_with_mean_key(query, key, value, tokens, scale)
+                elif leaves_lse(query, key, value, args, kwargs):
+                    answer, joint_lse = attention_with_lse(query, key, value, kwargs.get("scale"))
+                    joint_lse, text_key = joint_lse[..., tokens], keys_outside(key, tokens)
                 image_query, image_key = query[..., tokens, :], key[..., tokens, :]
-                self._on_attention(SelfAttention(self._block, image_query, image_key, grid, scale, mean_key))
+                self._on_attention(
+                    SelfAttention(self._block, image_query, image_key, grid, scale, mean_key, joint_lse, text_key)
+                )
                 self._block += 1
                 if answer is not None:
                     return answer
         return func(*args, **kwargs)
+
+
+def leaves_lse(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch would answer this call by its flash kernel, which leaves a log-sum-exp, with these very tensors."""
+    plain = len(args) <= 3 and not (
+        (
+            set(kwargs) - {"query", "key", "value", "scale"}
+            and any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
+        )
+        or kwargs.get("attn_mask") is not None
+    )
+    if not plain or torch.compiler.is_compiling() or len({query.dtype, key.dtype, value.dtype}) > 1:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype:
+        return False  # torch would attend with other numbers than these
+    if device not in ("cpu", "cuda") or (device == "cuda" and query.shape[-1] % 8):
+        return False
+    chosen: int = torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=kwargs.get("scale"))
+    return chosen == int(SDPBackend.FLASH_ATTENTION.value)
+
+
+def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What `scaled_dot_product_attention` answers by its flash kernel, bit for bit, and that kernel's log-sum-exp."""
+    if query.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        answer, lse = flash(query, key, value, 0.0, False, scale=scale)
+    else:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        answer, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
+    return answer, lse
+
+
+def keys_outside(key: Tensor, tokens: slice) -> Tensor:
+    """The keys before and after a slice; no copy where they lie on one side of it."""
+    first, last, _ = tokens.indices(key.shape[-2])
+    before, after = key[..., :first, :], key[..., last:, :]
+    if not before.shape[-2]:
+        return after
+    return torch.cat([before, after], -2) if after.shape[-2] else before
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -15,8 +15,9 @@ from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import CheckpointError
+from trace_sdk.kernels import per_head_divergence_reference
 from trace_sdk.student.decoder import EdgeDecoder
-from trace_sdk.teacher.boundary import log_divergence_features
+from trace_sdk.teacher.boundary import log_features
 
 LORA_TARGETS = ["to_q", "to_k", "to_v"]
 
@@ -45,7 +46,7 @@ class Student(nn.Module):
         maps: list[Tensor] = []
 
         def add(attention: SelfAttention) -> None:
-            maps.append(log_divergence_features(attention))
+            maps.append(log_features(per_head_divergence_reference(attention, symmetric=True)))
 
         reconstruction = self.backbone(images, 0.0, add, share_softmax=share_softmax)
         return torch.cat(maps, 1), reconstruction

@@ -1,87 +1,75 @@
-"""Attention Boundary Divergence (paper 3.3): how much attention differs between a token's opposite neighbours."""
+"""Attention Boundary Divergence (paper 3.3) of one forward pass, and its per-head relatives."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trace_sdk.backbones.tap import SelfAttention
-from trace_sdk.errors import ArgumentError
-
-VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL = (1, 0), (0, 1), (1, 1), (1, -1)
-NEIGHBOURHOODS = {4: (VERTICAL, HORIZONTAL), 8: (VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL)}
+from trace_sdk.kernels import abdiv, abdiv_from_qk, per_head_divergence
+from trace_sdk.teacher.attention import AttentionAverage
 
 
-def row_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) in nats over the last axis of log-distributions; a row that is 0 in p adds 0. [..., N] → [...]."""
-    difference = torch.where(log_p == -torch.inf, 0, log_p - log_q)
-    return (log_p.exp() * difference).sum(-1)
+class MeanBoundary:
+    """ABDiv of the mean over heads and blocks; give `add` to a backbone as `on_attention`.
 
-
-def neighbour(x: Tensor, step: tuple[int, int]) -> Tensor:
-    """x [..., H, W, C] moved so that position (i, j) holds x[i + step₀, j + step₁].
-
-    A neighbour outside the grid is replaced by the last one inside: the pair is then one-sided.
-    """
-    height, width = x.shape[-3], x.shape[-2]
-    rows = (torch.arange(height, device=x.device) + step[0]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=x.device) + step[1]).clamp(0, width - 1)
-    return x.index_select(-3, rows).index_select(-2, columns)
-
-
-def opposite(x: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The neighbours ahead and behind along a direction: two of [..., H, W, C]."""
-    return neighbour(x, direction), neighbour(x, (-direction[0], -direction[1]))
-
-
-def abdiv(log_attention: Tensor, grid: tuple[int, int], neighbourhood: int = 4) -> Tensor:
-    """ABDiv(i,j) = KL(SA[i+1,j] ‖ SA[i−1,j]) + KL(SA[i,j+1] ‖ SA[i,j−1]), in nats.
+    Keeps what is smaller: the queries and keys of all blocks, read strip by strip at the end, or one running map.
 
     Args:
-        log_attention: [B, N, N], log of the head- and block-averaged map; rows sum to 1 after exp.
-        grid: (H, W), H·W = N.
-        neighbourhood: 4, or 8 to add the two diagonals.
-
-    Returns:
-        [B, H, W], ≥ 0 up to rounding. At the image border the pair is one-sided.
+        finest: the finest grid (H, W).
+        blocks: those to average.
+        neighbourhood: 4 or 8.
     """
-    if neighbourhood not in NEIGHBOURHOODS:
-        raise ArgumentError(f"neighbourhood must be 4 or 8, got {neighbourhood}.")
-    rows = torch.unflatten(log_attention, 1, grid)  # [B, H, W, N]
-    return sum(
-        (row_kl(*opposite(rows, direction)) for direction in NEIGHBOURHOODS[neighbourhood]),
-        start=rows.new_zeros(()),
-    )
 
+    def __init__(self, finest: tuple[int, int], blocks: Collection[int], neighbourhood: int) -> None:
+        self._finest, self._blocks, self._neighbourhood = finest, blocks, neighbourhood
+        self._average = AttentionAverage(finest, blocks)
+        self._kept: list[SelfAttention] = []
 
-def per_head_divergence(attention: SelfAttention, *, symmetric: bool) -> Tensor:
-    """Divergence between opposite neighbours of each head's own map, without any N×N map (DESIGN section 2).
-
-    Per head KL(p‖q) = s·(Q_p − Q_q)·k̄_p − lse_p + lse_q with k̄ = softmax(QKᵀ·s)·K. The symmetric (Jeffreys) form
-    KL(p‖q) + KL(q‖p) = s·(Q_p − Q_q)·(k̄_p − k̄_q) needs one ordinary attention call with V = K and no log-sum-exp.
-
-    Returns:
-        [B, 2·heads, H, W]: vertical then horizontal pairs, in nats.
-    """
-    query, key, scale = attention.query, attention.key, attention.scale
-    mean_key = attention.mean_key
-    if mean_key is None:
-        mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
-    grid_query, grid_mean = (torch.unflatten(x, 2, attention.grid) for x in (query, mean_key))
-    maps = []
-    if not symmetric:
-        scores = query @ key.transpose(-1, -2) * scale
-        lse = torch.unflatten(scores.logsumexp(-1, keepdim=True), 2, attention.grid)
-    for direction in NEIGHBOURHOODS[4]:
-        query_p, query_q = opposite(grid_query, direction)
-        mean_p, mean_q = opposite(grid_mean, direction)
-        if symmetric:
-            maps.append(((query_p - query_q) * (mean_p - mean_q)).sum(-1) * scale)
+    def add(self, attention: SelfAttention) -> None:
+        """Take one block into the mean."""
+        if attention.block not in self._blocks:
+            return
+        # Heads and width of the first block stand for all: coarser blocks keep less, and their maps no less.
+        batch, tokens = attention.query.shape[0], self._finest[0] * self._finest[1]
+        if 2 * len(self._blocks) * attention.query.numel() < batch * tokens**2:
+            self._kept.append(attention)
         else:
-            lse_p, lse_q = opposite(lse, direction)
-            maps.append(((query_p - query_q) * mean_p).sum(-1) * scale - (lse_p - lse_q).squeeze(-1))
-    return torch.cat(maps, dim=1)
+            self._average.add(attention)
+
+    def abdiv(self) -> Tensor:
+        """[B, H, W] in nats. Raises ArgumentError if not every block was seen."""
+        if len(self._kept) == len(self._blocks):
+            return abdiv_from_qk(self._kept, self._finest, self._neighbourhood)
+        return abdiv(self._average.log2_mean(), self._finest, self._neighbourhood)
+
+
+class PerHeadBoundary:
+    """Mean over blocks of the heads' own divergences, without any N×N map; give `add` as `on_attention`.
+
+    Args:
+        blocks: those to average.
+        logs: the mean of log1p of each head's symmetric divergence, instead of the mean of its ABDiv.
+    """
+
+    def __init__(self, blocks: Collection[int], *, logs: bool) -> None:
+        self._blocks, self._logs = blocks, logs
+        self._maps: list[Tensor] = []
+
+    def add(self, attention: SelfAttention) -> None:
+        """Take one block into the mean."""
+        if attention.block not in self._blocks:
+            return
+        if self._logs:
+            self._maps.append(log_features(per_head_divergence(attention, symmetric=True)).mean(1))
+        else:
+            self._maps.append(abdiv_per_head(attention))
+
+    def abdiv(self) -> Tensor:
+        """[B, H, W]."""
+        return torch.stack(self._maps).mean(0)
 
 
 def abdiv_per_head(attention: SelfAttention) -> Tensor:
@@ -94,7 +82,7 @@ def abdiv_per_head(attention: SelfAttention) -> Tensor:
     return per_head_divergence(attention, symmetric=False).sum(1) / heads
 
 
-def log_divergence_features(attention: SelfAttention) -> Tensor:
-    """log1p of each head's symmetric divergence: [B, 2·heads, H, W] ≥ 0, the student decoder's input."""
+def log_features(divergence: Tensor) -> Tensor:
+    """log1p of each head's symmetric divergence, [B, 2·heads, H, W] ≥ 0: what the student's decoder reads."""
     # Rounding can bring a divergence a hair below 0.
-    return per_head_divergence(attention, symmetric=True).float().clamp_min(0).log1p()
+    return divergence.float().clamp_min(0).log1p()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError
-from trace_sdk.teacher.boundary import row_kl
 
 INVERSION_STEP = 0.025
 
@@ -36,24 +36,26 @@ def schedule(stride: int = 100, steps: int = 1000) -> tuple[float, ...]:
     return tuple(step / steps for step in range(0, steps, stride))
 
 
-def temporal_kl(previous: Tensor, current: Tensor) -> Tensor:
-    """KL(SA(X_t_prev) ‖ SA(X_t)), mean over rows: two log-maps [B, N, N] → [B], in nats."""
-    return row_kl(previous, current).mean(-1)
-
-
-def emergence_point(timesteps: tuple[float, ...], kl: tuple[float, ...], window: tuple[float, float]) -> Emergence:
-    """t* = argmax over the search window of the KL curve.
+def search_window(timesteps: tuple[float, ...], window: tuple[float, float]) -> slice:
+    """Which of the ascending timesteps lie in the window.
 
     The window keeps small backbones, whose KL rises again towards pure noise, from choosing that end.
 
     Raises:
-        ArgumentError: no timestep lies in the window.
+        ArgumentError: none of them does.
     """
     inside = [index for index, t in enumerate(timesteps) if window[0] <= t <= window[1]]
     if not inside:
         raise ArgumentError(f"No timestep of {timesteps} lies in the search window {window}; widen it.")
-    best = max(inside, key=lambda index: kl[index])
-    return Emergence(timesteps, kl, timesteps[best])
+    return slice(inside[0], inside[-1] + 1)
+
+
+def row_sample(tokens: int, count: int | None, device: torch.device) -> Tensor | None:
+    """Sorted queries whose rows stand for the whole map, the same each time: int64 [count]; None for all of them."""
+    if count is None or count >= tokens:
+        return None
+    chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count]
+    return chosen.sort().values.to(device)
 
 
 def forward_noising(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.errors import MissingExtraError
-from trace_sdk.teacher.boundary import abdiv
+from trace_sdk.kernels import abdiv
 from trace_sdk.teacher.teacher import Annotation, Teacher
 
 SHOWN = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -80,7 +80,7 @@ def along_t(
 def attention_pca(log_map: torch.Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     """First three principal components of the attention rows as RGB [H, W, 3] in [0, 1]."""
     torch.manual_seed(0)
-    rows = log_map.exp().sqrt()  # square roots put distributions on a sphere, where PCA is at home
+    rows = log_map.exp2().sqrt()  # square roots put distributions on a sphere, where PCA is at home
     components, _, _ = torch.pca_lowrank(rows, q=3)
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
     colours = ((components - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError
+from trace_sdk.kernels import temporal_kl
+from trace_sdk.kernels.divergence import NEIGHBOURHOODS
 from trace_sdk.teacher.attention import AttentionAverage
-from trace_sdk.teacher.boundary import NEIGHBOURHOODS, abdiv, abdiv_per_head, log_divergence_features
-from trace_sdk.teacher.emergence import (
-    TRAJECTORIES,
-    Emergence,
-    emergence_point,
-    schedule,
-    temporal_kl,
-)
+from trace_sdk.teacher.boundary import MeanBoundary, PerHeadBoundary
+from trace_sdk.teacher.emergence import TRAJECTORIES, Emergence, row_sample, schedule, search_window
 from trace_sdk.teacher.pseudo_labels import ternary_labels
 from trace_sdk.tiling import Window, blend, tiles
 
@@ -44,6 +37,8 @@ class TeacherSettings:
             None finds t* by the Instance Emergence Point.
         stride: of the IEP schedule, in thousandths.
         window: (lowest, highest) t that t* may take.
+        iep_rows: how many rows of the map the KL is taken on, a fixed sample: no N×N map is then held, and 256 rows
+            move the KL by about 1 % (DESIGN section 6); None takes all of them.
         trajectory: "noising" (one fixed ε) or "inversion" (the model's own flow).
         form: "mean" for the paper's divergence of the head-averaged map; without any N×N map, "per-head" for the
             mean of each head's own divergence, "log-per-head" for the mean of its log1p, symmetric: the student's
@@ -60,6 +55,7 @@ class TeacherSettings:
     timesteps: tuple[float, ...] | None = None
     stride: int = 100
     window: tuple[float, float] = (0.1, 0.6)
+    iep_rows: int | None = None
     trajectory: str = "noising"
     form: str = "mean"
     neighbourhood: int = 4
@@ -84,6 +80,8 @@ class TeacherSettings:
             raise ArgumentError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
         if self.blocks == ():
             raise ArgumentError("blocks must name at least one block, or be None for all.")
+        if self.iep_rows is not None and self.iep_rows < 1:
+            raise ArgumentError(f"iep_rows must be at least 1, or None for all rows, got {self.iep_rows}.")
         if self.neighbourhood not in NEIGHBOURHOODS or (self.form != "mean" and self.neighbourhood != 4):
             raise ArgumentError(f"neighbourhood must be 4 or 8 (4 with a per-head form), got {self.neighbourhood}.")
 
@@ -98,7 +96,6 @@ class Annotation:
         rule: how the interior was found: "mu-sigma", "quantile" or "flat".
         timesteps: the timesteps whose ABDiv this is; one, t*, unless they were fixed.
         emergence: the KL curve and t*, None with fixed timesteps.
-        seconds: time by stage.
     """
 
     abdiv: NDArray[np.float32]
@@ -106,7 +103,6 @@ class Annotation:
     rule: str
     timesteps: tuple[float, ...]
     emergence: Emergence | None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Teacher:
@@ -127,6 +123,7 @@ class Teacher:
         last = self.backbone.self_attention_blocks - 1
         if self.settings.blocks is not None and not all(0 <= block <= last for block in self.settings.blocks):
             raise ArgumentError(f"blocks must lie in 0 … {last} for this backbone, got {self.settings.blocks}.")
+        self._blocks = self.settings.blocks or tuple(range(last + 1))
 
     @torch.inference_mode()
     def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
@@ -136,22 +133,21 @@ class Teacher:
             return self._annotate(images)
 
     def _annotate(self, images: Tensor) -> Annotation:
-        begin = time.perf_counter()
         noise = self.noise_like(images)
-        emergence = None
+        views = [images, images.flip(-1)] if self.settings.mirror else [images]
         if self.settings.timesteps is None:
-            emergence = self.emergence(images, noise)
+            curve = self._curve(images, noise)
+            maps = [self._divergence_at(view, noise, curve) for view in views]
+            emergence: Emergence | None = curve.read()
             timesteps: tuple[float, ...] = (emergence.t_star,)
         else:
-            timesteps = self.settings.timesteps
-        found = time.perf_counter()
-        divergence = self.divergence(images, noise, timesteps)
+            emergence, timesteps = None, self.settings.timesteps
+            maps = [self.divergence(view, noise, timesteps) for view in views]
+        divergence = maps[0]
         if self.settings.mirror:
-            mirrored = self.divergence(images.flip(-1), noise, timesteps)[:, ::-1]
-            divergence = ((divergence + mirrored) / 2).astype(np.float32)
+            divergence = ((maps[0] + maps[1][:, ::-1]) / 2).astype(np.float32)
         labels, rule = ternary_labels(divergence)
-        seconds = {"iep": found - begin, "abdiv": time.perf_counter() - found}
-        return Annotation(divergence, labels, rule, timesteps, emergence, seconds)
+        return Annotation(divergence, labels, rule, timesteps, emergence)
 
     def prepare(self, rgb: NDArray[np.uint8]) -> Tensor:
         """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, sides multiples of 8."""
@@ -171,25 +167,37 @@ class Teacher:
         """(t, X_t) for each timestep."""
         return list(TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise))
 
-    def attention(self, x_t: Tensor, t: float) -> Tensor:
-        """log SA(X_t), mean over heads and blocks: [B, N, N]."""
-        blocks = set(self.settings.blocks) if self.settings.blocks is not None else None
-        average = AttentionAverage(self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1])), blocks)
+    def attention(self, x_t: Tensor, t: float, rows: Tensor | None = None) -> Tensor:
+        """log₂ SA(X_t), mean over heads and blocks: [B, N, N], or [B, R, N] of the rows asked for."""
+        average = AttentionAverage(self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1])), self._blocks, rows)
         self.backbone(x_t, t, average.add)
-        return average.log_mean()
+        return average.log2_mean()
 
     def emergence(self, images: Tensor, noise: Tensor) -> Emergence:
         """The KL curve of one image [1, 3, H, W] over the schedule, and t*; two maps a window are held at a time."""
+        return self._curve(images, noise).read()
+
+    def _curve(self, images: Tensor, noise: Tensor) -> _Curve:
         images, noise = self._cut(images), self._cut(noise)
         timesteps = schedule(self.settings.stride)
-        kl: list[float] = []
+        inside = search_window(timesteps[1:], self.settings.window)
+        grid = self.backbone.token_grid((images.shape[-2], images.shape[-1]))
+        rows = row_sample(grid[0] * grid[1], self.settings.iep_rows, images.device)
+        kl: list[Tensor] = []
         previous: Tensor | None = None
         for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise):
-            current = self.attention(x_t, t)
+            current = self.attention(x_t, t, rows)
             if previous is not None:
-                kl.append(float(temporal_kl(previous, current).mean()))
+                kl.append(temporal_kl(previous, current).mean())
             previous = current
-        return emergence_point(timesteps[1:], tuple(kl), self.settings.window)
+        return _Curve(timesteps[1:], torch.stack(kl), inside)
+
+    def _divergence_at(self, images: Tensor, noise: Tensor, curve: _Curve) -> NDArray[np.float32]:
+        """ABDiv of one image at a curve's t*, which the host need not know for it."""
+        steps = self.trajectory(self._cut(images), self._cut(noise), curve.candidates)
+        x_star = torch.stack([x_t for _, x_t in steps]).index_select(0, curve.best)[0]
+        t_star = images.new_tensor(curve.candidates).index_select(0, curve.best)
+        return self._join(self._abdiv_at(x_star, t_star.expand(x_star.shape[0])), images)
 
     def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
         """ABDiv of one image [1, 3, H, W]: float32 [h, w] over its tokens.
@@ -223,21 +231,35 @@ class Teacher:
         pieces = zip(tokens, maps.detach().float().cpu().numpy(), strict=True)
         return blend(pieces, *self.backbone.token_grid((images.shape[-2], images.shape[-1])), overlap // step)
 
-    def _abdiv_at(self, x_t: Tensor, t: float) -> Tensor:
+    def _abdiv_at(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        boundary: MeanBoundary | PerHeadBoundary
         if self.settings.form == "mean":
             grid = self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1]))
-            return abdiv(self.attention(x_t, t), grid, self.settings.neighbourhood)
-        maps: list[Tensor] = []
-        self.backbone(x_t, t, self._per_head_into(maps))
-        return torch.stack(maps).mean(0)
+            boundary = MeanBoundary(grid, self._blocks, self.settings.neighbourhood)
+        else:
+            boundary = PerHeadBoundary(self._blocks, logs=self.settings.form == "log-per-head")
+        self.backbone(x_t, t, boundary.add)
+        return boundary.abdiv()
 
-    def _per_head_into(self, maps: list[Tensor]) -> Callable[[SelfAttention], None]:
-        def add(attention: SelfAttention) -> None:
-            if self.settings.blocks is not None and attention.block not in self.settings.blocks:
-                return
-            if self.settings.form == "per-head":
-                maps.append(abdiv_per_head(attention))
-            else:
-                maps.append(log_divergence_features(attention).mean(1))
 
-        return add
+@dataclass(frozen=True)
+class _Curve:
+    """A KL curve on the device: which step is t* is decided there, so that no step waits for the host."""
+
+    timesteps: tuple[float, ...]
+    kl: Tensor
+    inside: slice
+
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        """The timesteps that t* may be."""
+        return self.timesteps[self.inside]
+
+    @property
+    def best(self) -> Tensor:
+        """Which of the candidates is t*: int64 [1]."""
+        return self.kl[self.inside].argmax(keepdim=True)
+
+    def read(self) -> Emergence:
+        """The curve as numbers."""
+        return Emergence(self.timesteps, tuple(self.kl.tolist()), self.candidates[int(self.best)])
