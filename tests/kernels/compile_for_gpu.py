@@ -1,6 +1,9 @@
 """Compiles every Triton kernel for NVIDIA GPUs on a machine that has none, through our own launchers.
 
-Run as a script, one line of JSON a kernel comes out: its name, what it was compiled for, and what ptxas gave it.
+One line of JSON a kernel comes out: its name, what it was compiled for, and what ptxas gave it.
+
+    python tests/kernels/compile_for_gpu.py 90 72 bfloat16      compute capability 9.0, head width, dtype
+
 The tests run it in a process of its own, because the interpreter that they use replaces the compiler.
 """
 
@@ -39,9 +42,7 @@ class NoGpu:
         return 0
 
 
-def compile_all(
-    capability: int, width: int, dtype: torch.dtype, tiles: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
+def compile_all(capability: int, width: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Call each launcher once with tensors of this head width and dtype; nothing is run."""
     from triton.runtime import driver
 
@@ -55,21 +56,20 @@ def compile_all(
         return kernel
 
     JITFunction.run = only_compile
-    tiles = tiles or {}
     try:
         query = torch.empty(1, 512, 8, width, dtype=dtype).transpose(1, 2)  # as models hold it
         text = torch.empty(1, 8, 77, width, dtype=dtype)
         half = torch.float32 if dtype == torch.float32 else torch.float16
         log_map = torch.empty(1, 512, 512, dtype=half)
-        lse = head_mean_triton.launch_log_sum_exp(query, query, 0.1, tiles.get("lse"))
-        head_mean_triton.launch_image_log_sum_exp(lse, query, query, text, 0.1, tiles.get("lse"))
+        lse = head_mean_triton.launch_log_sum_exp(query, query, 0.1)
+        head_mean_triton.launch_image_log_sum_exp(lse, query, query, text, 0.1)
         for accumulate in (False, True):
-            head_mean_triton.launch_head_mean(query, query, lse, 0.1, 0.5, accumulate, log_map, tiles.get("head_mean"))
+            head_mean_triton.launch_head_mean(query, query, lse, 0.1, 0.5, accumulate, log_map)
         upsample_triton.launch_upsample(log_map, (16, 32), (16, 32), torch.arange(512), 0.5, True, log_map)
         for neighbourhood in (4, 8):
             divergence_triton.launch_abdiv(log_map, (16, 32), 0, 0, 16, neighbourhood)
         temporal_kl_triton.launch_row_kl(log_map, log_map)
-        mean_key, lse = per_head_triton.launch_mean_key(query, query, 0.1, tiles.get("mean_key"))
+        mean_key, lse = per_head_triton.launch_mean_key(query, query, 0.1)
         for symmetric in (False, True):
             per_head_triton.launch_head_divergence(query, mean_key, lse, (16, 32), 0.1, symmetric)
     finally:
@@ -99,8 +99,5 @@ def resources(kernel: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for capability in (80, 90):
-        for width, dtype in ((40, torch.float16), (72, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)):
-            for line in compile_all(capability, width, dtype):
-                print(json.dumps(line))
-            sys.stdout.flush()
+    for line in compile_all(int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])):
+        print(json.dumps(line))

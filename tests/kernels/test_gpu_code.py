@@ -1,0 +1,33 @@
+"""The code that a GPU would run, compiled here by Triton and ptxas for a GPU that is not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no package for this system")
+USE_TENSOR_CORES = {"_log_sum_exp", "_image_log_sum_exp", "_head_mean", "_mean_key"}
+ALL = USE_TENSOR_CORES | {"_row_mass", "_upsample", "_abdiv", "_row_kl", "_head_divergence"}
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "dtype"), [(90, 72, "bfloat16"), (90, 128, "float16"), (80, 64, "float32")]
+)
+def test_every_kernel_compiles_for_a_gpu(capability: int, width: int, dtype: str) -> None:
+    script = Path(__file__).parent / "compile_for_gpu.py"
+    run = subprocess.run(
+        [sys.executable, script, str(capability), str(width), dtype], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == ALL
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[capability], kernel
+        if kernel["kernel"] in USE_TENSOR_CORES:
+            assert kernel["tensor_cores"], kernel
+            assert kernel["stack"] == 0 or capability < 90, f"registers spill: {kernel}"  # tiles were chosen on 90
