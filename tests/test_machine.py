@@ -59,8 +59,6 @@ def test_peak_memory_is_this_processs_own() -> None:
 
 def test_the_machine_is_named() -> None:
     about = hardware()
-    assert (
-        about["cpu"] and 1 <= int(about["usable_cores"]) <= int(about["cores"]) and not math.isnan(int(about["cores"]))
-    )
+    assert about["cpu"] and 1 <= int(about["usable_cores"]) <= int(about["cores"])
     assert set(versions(["numpy", "no-such-package"])) == {"python", "numpy"}
     assert commit() is None or len(str(commit()).removesuffix("+changes")) == 40

@@ -21,6 +21,7 @@ from trace_sdk.engines import open_engine
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
+from trace_sdk.network_input import fit
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -199,12 +200,7 @@ class EdgeDetector:
         start = time.perf_counter()
         picture = read_image(image, source)
         decoded = time.perf_counter()
-        height, width = _scaled(picture.rgb.shape[0], picture.rgb.shape[1], self.size)
-        pixels = picture.rgb
-        if pixels.shape[:2] != (height, width):
-            pixels = np.asarray(PIL.Image.fromarray(pixels).resize((width, height), Resampling.BICUBIC))
-        padding = ((0, self._padded(height) - height), (0, self._padded(width) - width), (0, 0))
-        pixels = np.pad(pixels, padding, mode="edge")
+        pixels, height, width = fit(picture.rgb, self.size, self._padded)
         resized = time.perf_counter()
         timings = {"decode": (decoded - start) * 1e3, "resize": (resized - decoded) * 1e3}
         return _Prepared(picture, pixels, height, width, timings)
@@ -261,12 +257,6 @@ class EdgeDetector:
             "timings": {**timings, "total": sum(timings.values())},
         }
         return EdgeMap(probability, prepared.image.rgb, self._manifest.threshold, info)
-
-
-def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the longest side `size`, each at least 1 pixel."""
-    longest = max(height, width)
-    return max(1, round(height * size / longest)), max(1, round(width * size / longest))
 
 
 def _is_whole(value: object) -> bool:
