@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal
 from trace_sdk.errors import ArgumentError
+from trace_sdk.machine import commit
 from trace_sdk.student.model import Student
 
 OPSET = 18
@@ -81,7 +81,7 @@ def export_onnx(
         parity=parity,
         licence=licence,
         created=datetime.now(UTC).strftime("%Y-%m-%d"),
-        commit=_commit(),
+        commit=commit() or "",
     )
     for key, value in manifest.metadata().items():
         model.metadata_props.add(key=key, value=value)
@@ -123,15 +123,3 @@ def _weights_sha256(student: Student) -> str:
     for _, value in sorted(student.backbone.transformer.state_dict().items()):
         digest.update(value.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _commit() -> str:
-    """The commit of the source tree, or "" outside one."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return found.stdout.strip()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from trace_sdk import EdgeDetector
 from trace_sdk.engines import onnx
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError, ImageError
+from trace_sdk.machine import usable_cpus
 
 MakeEngine = Callable[..., bytes]
 
@@ -104,13 +107,19 @@ def test_the_network_gets_what_the_manifest_says(make_engine: MakeEngine, tmp_pa
     assert shapes == [(1, 72, 48, 3), (1, 48, 72, 3), (1, 72, 72, 3)]
 
 
-def test_many_threads_give_the_serial_answers(detector: EdgeDetector) -> None:
-    pictures = [photo(40 + 7 * (i % 5), 90 - 6 * (i % 4), seed=i) for i in range(24)]
+def test_64_threads_give_the_serial_answers(detector: EdgeDetector) -> None:
+    pictures = [photo(40 + 7 * (i % 5), 90 - 6 * (i % 4), seed=i) for i in range(64)]
     serial = [detector.run(picture).probability for picture in pictures]
-    with ThreadPoolExecutor(12) as pool:
-        for _ in range(3):
-            for edges, expected in zip(pool.map(detector, pictures), serial, strict=True):
-                np.testing.assert_array_equal(edges.probability, expected)
+    together = threading.Barrier(64)
+
+    def answer(first: int) -> list[tuple[int, NDArray[np.float32]]]:
+        together.wait(timeout=30)
+        return [(i % 64, detector.run(pictures[i % 64]).probability) for i in range(first, first + 4)]
+
+    with ThreadPoolExecutor(64) as pool:
+        for answers in pool.map(answer, range(64)):
+            for number, probability in answers:
+                np.testing.assert_array_equal(probability, serial[number])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 50])
@@ -213,7 +222,7 @@ def test_cuda_without_cuda_is_an_error(tiny_engine: Path, device: str, monkeypat
 def test_cuda_that_does_not_start_is_no_silent_cpu(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = onnx._session
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx.CUDA, onnx.CPU])
-    monkeypatch.setattr(onnx, "_session", lambda model, source, providers: plain(model, source, [onnx.CPU]))
+    monkeypatch.setattr(onnx, "_session", lambda *given: plain(*given[:-1], [onnx.CPU]))
     with pytest.raises(DeviceError, match="could not start it"):
         EdgeDetector(tiny_engine, device="cuda")
     assert EdgeDetector(tiny_engine).info["device_reason"] == "auto: CUDA did not start"
@@ -226,11 +235,98 @@ def test_wrong_answers_of_the_network_are_errors(make_engine: MakeEngine, tmp_pa
         EdgeDetector(tmp_path / "e.onnx").run(photo(64, 64))
 
 
-def test_threads_of_the_session_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    for quota, cores in [("150000 100000", 2), ("max 100000", 8), ("10000 100000", 1), ("9900000 100000", 8)]:
-        monkeypatch.setattr(Path, "read_text", lambda self, quota=quota: quota)
-        assert onnx.usable_cpus() == cores
+def test_a_provider_that_fails_is_no_silent_cpu(tiny_engine: Path) -> None:
+    """onnxruntime's Python session would print a line, start again on the CPU and answer."""
+    from onnxruntime.capi._pybind_state import EPFail
+
+    engine = onnx.OnnxEngine(tiny_engine.read_bytes(), "tiny")
+    engine._session._sess = Mock(wraps=engine._session._sess)
+    engine._session._sess.run.side_effect = EPFail("device lost")
+    with pytest.raises(EngineError, match="device lost"):
+        engine.infer(np.zeros((1, 16, 16, 3), np.uint8))
+
+
+def test_threads(tiny_engine: Path) -> None:
+    assert EdgeDetector(tiny_engine).info["threads"] == usable_cpus()
+    assert EdgeDetector(tiny_engine, threads=3).info["threads"] == 3
+    options = EdgeDetector(tiny_engine, threads=3)._engine._session.get_session_options()  # type: ignore[attr-defined]
+    assert options.intra_op_num_threads == 3
+    for wrong in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ArgumentError, match="threads="):
+            EdgeDetector(tiny_engine, threads=wrong)  # type: ignore[arg-type]
+
+
+def seen_shapes(detector: EdgeDetector, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Grows by the height and width of whatever the engine is given."""
+    shapes = []
+    infer = detector._engine.infer
+
+    def watched(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        shapes.append(batch.shape[1:3])
+        return infer(batch)
+
+    monkeypatch.setattr(detector._engine, "infer", watched)
+    return shapes
+
+
+@pytest.mark.parametrize(("size", "buckets"), [(128, [64, 96, 128]), (100, [48, 128]), (300, [64, 128])])
+def test_after_warmup_no_shape_is_new(
+    tiny_engine: Path, size: int, buckets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = EdgeDetector(tiny_engine, size=size, buckets=buckets[::-1])
+    shapes = seen_shapes(detector, monkeypatch)
+    detector.warmup()
+    warmed = set(shapes)
+    assert len(shapes) == len(warmed) == 2 * len(buckets) - 1
+    for height, width in [(50, 50), (40, 90), (90, 40), (1, 700), (700, 1), (64, 63), (128, 128), (60, 100)]:
+        detector.run(photo(height, width))
+    assert set(shapes) == warmed, "all of them are met, and no other"
+
+
+def test_padding_to_a_bucket_is_cut_off_again(tiny_engine: Path) -> None:
+    """This engine sees no further than 1 px, so its answers are the same but for rounding."""
+    plain, bucketed = EdgeDetector(tiny_engine), EdgeDetector(tiny_engine, buckets=[96, 256])
+    for shape in [(50, 37), (128, 100), (1, 1), (30, 128), (128, 128)]:
+        expected, edges = plain.run(photo(*shape)), bucketed.run(photo(*shape))
+        np.testing.assert_allclose(edges.probability, expected.probability, atol=1e-5)
+        assert set(edges.info["padded_size"]) <= {96, 256}
+        assert edges.info["network_size"] == expected.info["network_size"]
+    assert bucketed.info["buckets"] == (96, 256) and plain.info["buckets"] == ()
+
+
+@pytest.mark.parametrize("buckets", [[], [60], [8], [2048], [64.0], ["64"], [True], [64, -8], "64"])
+def test_wrong_buckets(tiny_engine: Path, buckets: Any) -> None:
+    with pytest.raises(ArgumentError, match="multiples of 8 from 16 to 1024"):
+        EdgeDetector(tiny_engine, buckets=buckets)
+
+
+def test_a_batch_takes_what_is_decoded_and_waits_for_no_other(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = EdgeDetector(tiny_engine)
+    sizes: list[int] = []
+    infer, released = detector._engine.infer, threading.Event()
+
+    def watched(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        sizes.append(len(batch))
+        return infer(batch)
+
+    class Slow(io.BytesIO):
+        def read(self, *size: Any) -> bytes:
+            assert released.wait(10)
+            return super().read(*size)
+
+    monkeypatch.setattr(detector._engine, "infer", watched)
+    monkeypatch.setattr("trace_sdk.detector.usable_cpus", lambda: 6)
+    encoded = io.BytesIO()
+    PIL.Image.fromarray(photo(20, 20)).save(encoded, "PNG")
+    stream = detector.stream([photo(20, 20), *(Slow(encoded.getvalue()) for _ in range(5))], batch=4, prefetch=6)
+    next(stream)
+    assert sizes == [1], "the first answer waited for pictures that were not decoded"
+    released.set()
+    time.sleep(0.3)
+    list(stream)
+    assert sizes == [1, 4, 1]
 
 
 def test_decoding_runs_ahead(detector: EdgeDetector) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +20,8 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.engines import open_engine
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
+from trace_sdk.machine import usable_cpus
+from trace_sdk.network_input import fit
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -44,7 +46,13 @@ class EdgeDetector:
     """Instance edges of pictures. Safe to call from many threads: answers are bit for bit the serial ones."""
 
     def __init__(
-        self, engine: str | os.PathLike[str] | None = None, *, device: str = "auto", size: int | None = None
+        self,
+        engine: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        size: int | None = None,
+        buckets: Sequence[int] | None = None,
+        threads: int | None = None,
     ) -> None:
         """Open an engine.
 
@@ -53,28 +61,41 @@ class EdgeDetector:
             device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
             size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
                 Above the engine's `max_size` the picture is cut into overlapping tiles.
+            buckets: the only lengths, pixels, that a side of the network's input may have: pictures are padded up
+                to the next one, and tiled above the largest. A runtime that prepares itself for each new shape
+                then meets a known few; `warmup` runs them all. The padding is cut off again, but a network whose
+                attention spans the picture sees it: docs/deployment.md tells how much that changes. None: any
+                multiple of the engine's own.
+            threads: CPU threads that work on one picture; None: the cores that this process may use, by its
+                affinity and its control group.
 
         Raises:
             EngineError: missing, corrupt, pickled or foreign engine.
             DeviceError: the device is not there.
-            ArgumentError: `size` or the name of the device is out of range.
+            ArgumentError: `size`, `buckets`, `threads` or the name of the device is out of range.
         """
         if size is not None and (not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
-        self._engine = open_engine(engine, device)
+        if threads is not None and (not _is_whole(threads) or threads < 1):
+            raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
+        self._engine = open_engine(engine, device, threads)
         self._manifest = self._engine.manifest
         self.size = size or self._manifest.default_size
+        self.buckets = self._checked_buckets(buckets) if buckets is not None else ()
 
     @property
     def info(self) -> dict[str, Any]:
-        """Engine, engine_sha256, device, device_reason, provider, size and threshold."""
+        """Engine, engine_sha256, device, device_reason, provider, threads, precision, size, buckets, threshold."""
         return {
             "engine": self._manifest.name,
             "engine_sha256": self._engine.sha256,
             "device": self._engine.device,
             "device_reason": self._engine.device_reason,
             "provider": self._engine.provider,
+            "threads": self._engine.threads,
+            "precision": self._manifest.precision,
             "size": self.size,
+            "buckets": self.buckets,
             "threshold": self._manifest.threshold,
         }
 
@@ -92,8 +113,8 @@ class EdgeDetector:
     def run_batch(self, images: Iterable[ImageInput]) -> list[EdgeMap]:
         """Edges of several pictures, in order.
 
-        Of 8 neighbours, those of one shape go through the engine together. On a CPU each answer is bit for
-        bit that of `run`; on a GPU it is equal to 1e-5.
+        Up to 8 neighbours of one shape go through the engine together. On a CPU each answer is bit for bit that
+        of `run`; on a GPU it is equal to 1e-5.
 
         Raises:
             ImageError: one of them cannot be read; the message names it.
@@ -106,8 +127,9 @@ class EdgeDetector:
 
         Args:
             images: taken from as needed, in the caller's thread.
-            batch: pictures that wait for each other to go through the engine together.
-            prefetch: pictures decoded ahead.
+            batch: the most pictures that go through the engine together. Those that were decoded while the engine
+                was busy go; none waits for another.
+            prefetch: pictures decoded ahead; at least `batch`.
 
         An error is raised where its picture's answer would have come, and ends the stream. A stream that is
         left early stops its threads when it is closed or collected.
@@ -125,18 +147,34 @@ class EdgeDetector:
         return self._stream(images, batch, prefetch)
 
     def warmup(self) -> None:
-        """Run the network once on an empty square, so that the first answer is not slow."""
-        self.run(np.zeros((self.size, self.size), np.uint8))
+        """Run the network on an empty square, or on each shape of `buckets`, so that no first answer is slow."""
+        if not self.buckets:
+            self.run(np.zeros((self.size, self.size), np.uint8))
+            return
+        longest = min(self._padded(self.size), self.buckets[-1])
+        for side in self.buckets[: self.buckets.index(longest) + 1]:
+            for height, width in {(longest, side), (side, longest)}:
+                self._engine.infer(np.zeros((1, height, width, 3), np.uint8))
+
+    def _checked_buckets(self, buckets: Sequence[int]) -> tuple[int, ...]:
+        step, least, most = self._manifest.multiple_of, self._manifest.min_size, self._manifest.max_size
+        sides = sorted(set(buckets)) if all(map(_is_whole, buckets)) else []
+        if not sides or sides[0] < least or sides[-1] > most or any(side % step for side in sides):
+            raise ArgumentError(
+                f"buckets={buckets!r} must be multiples of {step} from {least} to {most}, at least one, for "
+                f"{self._manifest.name}."
+            )
+        return tuple(map(int, sides))
 
     def _stream(self, images: Iterable[ImageInput], batch: int, prefetch: int) -> Iterator[EdgeMap]:
-        pool = ThreadPoolExecutor(min(prefetch, os.cpu_count() or 1), thread_name_prefix="trace-decode")
+        pool = ThreadPoolExecutor(min(prefetch, usable_cpus()), thread_name_prefix="trace-decode")
         try:
             coming = self._submitted(images, pool)
-            waiting = deque(islice(coming, prefetch))
+            waiting = deque(islice(coming, max(prefetch, batch)))
             while waiting:
                 ready: list[_Prepared] = []
                 failure: BaseException | None = None
-                while waiting and len(ready) < batch and failure is None:
+                while waiting and len(ready) < batch and failure is None and (not ready or waiting[0].done()):
                     future = waiting.popleft()
                     waiting.extend(islice(coming, 1))
                     failure = future.exception()
@@ -162,18 +200,15 @@ class EdgeDetector:
         start = time.perf_counter()
         picture = read_image(image, source)
         decoded = time.perf_counter()
-        height, width = _scaled(picture.rgb.shape[0], picture.rgb.shape[1], self.size)
-        pixels = picture.rgb
-        if pixels.shape[:2] != (height, width):
-            pixels = np.asarray(PIL.Image.fromarray(pixels).resize((width, height), Resampling.BICUBIC))
-        pixels = np.pad(pixels, ((0, self._padding(height)), (0, self._padding(width)), (0, 0)), mode="edge")
+        pixels, height, width = fit(picture.rgb, self.size, self._padded)
         resized = time.perf_counter()
         timings = {"decode": (decoded - start) * 1e3, "resize": (resized - decoded) * 1e3}
         return _Prepared(picture, pixels, height, width, timings)
 
-    def _padding(self, length: int) -> int:
+    def _padded(self, length: int) -> int:
         step = self._manifest.multiple_of
-        return max(-(-length // step) * step, self._manifest.min_size) - length
+        fitting = max(-(-length // step) * step, self._manifest.min_size)
+        return next((side for side in self.buckets if side >= fitting), fitting)
 
     def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:
         """One map each; pictures of one shape go through the engine together."""
@@ -192,7 +227,7 @@ class EdgeDetector:
     def _infer(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
         """uint8 [B, h, w, 3] → float32 [B, h, w], and in how many pieces each picture was run."""
         height, width = batch.shape[1:3]
-        tile, step = self._manifest.max_size, self._manifest.multiple_of
+        tile, step = (self.buckets or (self._manifest.max_size,))[-1], self._manifest.multiple_of
         if max(height, width) <= tile:
             return self._engine.infer(batch), 1
         overlap = min(max(tile // 4 // step * step, step), tile - step)
@@ -217,16 +252,11 @@ class EdgeDetector:
             "source": prepared.image.source,
             "input_size": (width, height),
             "network_size": (prepared.width, prepared.height),
+            "padded_size": (prepared.pixels.shape[1], prepared.pixels.shape[0]),
             "tiles": pieces,
             "timings": {**timings, "total": sum(timings.values())},
         }
         return EdgeMap(probability, prepared.image.rgb, self._manifest.threshold, info)
-
-
-def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the longest side `size`, each at least 1 pixel."""
-    longest = max(height, width)
-    return max(1, round(height * size / longest)), max(1, round(width * size / longest))
 
 
 def _is_whole(value: object) -> bool:

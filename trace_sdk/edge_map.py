@@ -35,8 +35,8 @@ class EdgeMap:
         probability: float32 [H, W] in [0, 1], read-only.
         rgb: uint8 [H, W, 3], the input as it was decoded, read-only.
         threshold: the engine's calibrated threshold, in (0, 1).
-        info: engine, engine_sha256, device, device_reason, provider, source, input_size and network_size as
-            (width, height), tiles (how many pieces), timings in ms per stage.
+        info: what `EdgeDetector.info` has, source, input_size, network_size and padded_size as (width, height),
+            tiles (how many pieces), timings in ms per stage.
     """
 
     probability: NDArray[np.float32]

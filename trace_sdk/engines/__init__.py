@@ -28,6 +28,7 @@ class Engine(Protocol):
         device: where it runs, "cpu" or "cuda:0".
         device_reason: why it runs there.
         provider: the runtime's own name for that.
+        threads: CPU threads that work on one picture.
     """
 
     manifest: Manifest
@@ -35,6 +36,7 @@ class Engine(Protocol):
     device: str
     device_reason: str
     provider: str
+    threads: int
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Edge probability of RGB pictures: uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1].
@@ -47,12 +49,15 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(engine: str | os.PathLike[str] | None = None, device: str = "auto") -> Engine:
+def open_engine(
+    engine: str | os.PathLike[str] | None = None, device: str = "auto", threads: int | None = None
+) -> Engine:
     """Open an engine file, or one that comes with the package, on a device.
 
     Args:
         engine: path of an `.onnx` file, a bundled name, or None for "trace-small".
         device: "cpu", "cuda", "cuda:N" or "auto" (CUDA where it works, else CPU).
+        threads: CPU threads that work on one picture; None: the cores that this process may use.
 
     Raises:
         EngineError: missing, corrupt, pickled, foreign, or a student that is not exported yet.
@@ -62,7 +67,7 @@ def open_engine(engine: str | os.PathLike[str] | None = None, device: str = "aut
     model, source = read_engine(engine)
     from trace_sdk.engines.onnx import OnnxEngine
 
-    opened = OnnxEngine(model, source, device)
+    opened = OnnxEngine(model, source, device, threads)
     if source in BUNDLED and opened.manifest.name != source:
         raise EngineError(
             f"The file of the bundled engine {source} holds {opened.manifest.name}. Install trace-sdk again."

@@ -6,11 +6,11 @@ The graph: input `image` uint8 [batch, height, width, 3] RGB; output `edge_proba
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import threading
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from trace_sdk.engines.manifest import Manifest, verify_seal
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
+from trace_sdk.machine import usable_cpus
 
+Provider: TypeAlias = "str | tuple[str, dict[str, int]]"
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
 
@@ -30,12 +32,14 @@ class OnnxEngine:
     bit for bit the one that the image gets alone.
     """
 
-    def __init__(self, model: bytes, source: str, device: str = "auto") -> None:
-        """Args: `model` the file's bytes, `source` its name for messages, `device` as in `open_engine`."""
+    def __init__(self, model: bytes, source: str, device: str = "auto", threads: int | None = None) -> None:
+        """Args: `model` the file's bytes, `source` its name for messages, the rest as in `open_engine`."""
         number = _device_number(device)
+        self.threads = usable_cpus() if threads is None else threads
         self.sha256 = verify_seal(model, source)
         self._source = source
-        self._session, self.device, self.device_reason = _open_session(model, source, device, number)
+        start = partial(_session, model, source, self.threads)
+        self._session, self.device, self.device_reason = _open_session(start, device, number)
         self.provider = self._session.get_providers()[0]
         self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, source)
         _check_graph(self._session, source)
@@ -69,16 +73,6 @@ class OnnxEngine:
         return clipped
 
 
-def usable_cpus() -> int:
-    """CPU cores that this process may use: its affinity, and the quota of its control group (v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
-
-
 def _device_number(device: str) -> int:
     match = re.fullmatch(r"cpu|auto|cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is None:
@@ -86,20 +80,22 @@ def _device_number(device: str) -> int:
     return int(match[1] or 0)
 
 
-def _open_session(model: bytes, source: str, device: str, number: int) -> tuple[onnxruntime.InferenceSession, str, str]:
+def _open_session(
+    start: Callable[[list[Provider]], onnxruntime.InferenceSession], device: str, number: int
+) -> tuple[onnxruntime.InferenceSession, str, str]:
     """The session, the device it runs on, and why there."""
     available = onnxruntime.get_available_providers()
     if device == "cpu":
-        return _session(model, source, [CPU]), "cpu", "asked for"
+        return start([CPU]), "cpu", "asked for"
     if CUDA not in available:
         if device == "auto":
-            return _session(model, source, [CPU]), "cpu", "auto: this onnxruntime has no CUDA"
+            return start([CPU]), "cpu", "auto: this onnxruntime has no CUDA"
         raise DeviceError(
             f"device={device!r}: this onnxruntime has no CUDA. Both packages own one folder, so swap them: "
             "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'; or use device='cpu'."
         )
     try:
-        session = _session(model, source, [(CUDA, {"device_id": number}), CPU])
+        session = start([(CUDA, {"device_id": number}), CPU])
         first = session.get_providers()[0]
         reason = "CUDA did not start"
     except EngineError as error:
@@ -109,21 +105,20 @@ def _open_session(model: bytes, source: str, device: str, number: int) -> tuple[
     if first == CUDA:
         return session, f"cuda:{number}", "auto: CUDA works" if device == "auto" else "asked for"
     if device == "auto":
-        return _session(model, source, [CPU]), "cpu", f"auto: {reason}"
+        return start([CPU]), "cpu", f"auto: {reason}"
     raise DeviceError(
         f"device={device!r}: onnxruntime has CUDA but could not start it. Check the driver (nvidia-smi) and "
         "the CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'); or use device='cpu'."
     )
 
 
-def _session(
-    model: bytes, source: str, providers: list[str | tuple[str, dict[str, int]]]
-) -> onnxruntime.InferenceSession:
+def _session(model: bytes, source: str, threads: int, providers: list[Provider]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(model, options, providers=providers)
+        # Its own fallback would start, or go on, on the CPU with a line on stdout as the only sign.
+        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=False)
     # onnxruntime's exceptions share no base class of their own.
     except Exception as error:
         raise EngineError(

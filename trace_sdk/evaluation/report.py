@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +16,7 @@ from trace_sdk import __version__
 from trace_sdk.atomic import write_text
 from trace_sdk.evaluation.datasets import Dataset
 from trace_sdk.evaluation.edges import MAX_DIST, THRESHOLDS, EdgeScores
+from trace_sdk.machine import commit, hardware, versions
 
 COLUMNS = ("ODS", "OIS", "AP", "clDice", "images", "s/image")
 _LIBRARIES = ("numpy", "scipy", "scikit-image", "pillow", "pycocotools", "onnxruntime", "torch")
@@ -101,10 +98,9 @@ def provenance(thresholds: int, max_dist: float) -> dict[str, Any]:
     """What made the figures: versions, commit, hardware, command, date, protocol."""
     return {
         "trace_sdk": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
-        "hardware": {"machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()},
+        "commit": commit(),
+        "libraries": versions(_LIBRARIES),
+        "hardware": hardware(),
         "command": shlex.join(sys.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "thresholds": thresholds,
@@ -125,34 +121,3 @@ def _figure(value: float | None) -> str:
 
 def _text(value: object) -> str:
     return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Of the checkout this code runs from, "+changes" where files differ from it; None when installed."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,28 @@
+"""A picture at the size and shape that a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from PIL.Image import Resampling
+
+
+def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tuple[NDArray[np.uint8], int, int]:
+    """Scale the longest side to `size` pixels, then lengthen each side to what `padded` makes of it.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        padded: length of a side → that length or more. The border is repeated, so that it makes no edge.
+
+    Returns:
+        uint8 [h + bottom, w + right, 3], and h and w without the padding.
+    """
+    longest = max(rgb.shape[:2])
+    height, width = (max(1, round(length * size / longest)) for length in rgb.shape[:2])
+    if rgb.shape[:2] != (height, width):
+        rgb = np.asarray(PIL.Image.fromarray(rgb).resize((width, height), Resampling.BICUBIC))
+    padding = ((0, padded(height) - height), (0, padded(width) - width), (0, 0))
+    return np.pad(rgb, padding, mode="edge"), height, width
