@@ -13,7 +13,7 @@ from trace_sdk.kernels.device import runs_triton
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS, opposite
 from trace_sdk.kernels.head_mean import check_query_key, log_sum_exp, lse_of
 
-from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.backbones.tap import SelfAttention, attention_with_lse, leaves_lse
 
 
 def per_head_divergence_reference(attention: SelfAttention, *, symmetric: bool) -> Tensor:
@@ -75,7 +75,10 @@ def _per_head_op(
         mean_key, lse = launch_mean_key(query, key, scale)
         return launch_head_divergence(query, mean_key, lse, (grid[0], grid[1]), scale, symmetric)
 
-    mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
+    if not symmetric and lse is None and leaves_lse(query, key, key, (), {}):
+        mean_key, lse = attention_with_lse(query, key, key, scale)
+    else:
+        mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
     if not symmetric and lse is None:
         lse = log_sum_exp(query, key, scale=scale)
     return _between_neighbours(query, mean_key, lse, (grid[0], grid[1]), scale)

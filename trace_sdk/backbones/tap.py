@@ -106,22 +106,20 @@ class SelfAttentionTap(TorchFunctionMode):
 
 def leaves_lse(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether torch would answer this call by its flash kernel, which leaves a log-sum-exp, with these very tensors."""
-    plain = len(args) <= 3 and not (
-        (
-            set(kwargs) - {"query", "key", "value", "scale"}
-            and any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-        )
-        or kwargs.get("attn_mask") is not None
+    device = query.device.type
+    special = kwargs.get("attn_mask") is not None or any(
+        kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")
     )
-    if not plain or torch.compiler.is_compiling() or len({query.dtype, key.dtype, value.dtype}) > 1:
+    if len(args) > 3 or special or torch.compiler.is_compiling() or device not in ("cpu", "cuda"):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype:
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype
+    ):
         return False  # torch would attend with other numbers than these
-    if device not in ("cpu", "cuda") or (device == "cuda" and query.shape[-1] % 8):
-        return False
+    if device == "cuda" and query.shape[-1] % 8:
+        return False  # torch would pad the heads first
     chosen: int = torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=kwargs.get("scale"))
     return chosen == int(SDPBackend.FLASH_ATTENTION.value)
 

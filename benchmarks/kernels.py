@@ -1,0 +1,432 @@
+"""Head-averaged attention and ABDiv of one layer: our kernels beside the hook that keeps per-head maps.
+
+    python benchmarks/kernels.py                      on CUDA; says plainly when there is none
+    python benchmarks/kernels.py --device cpu         the blocked torch path, two layers of 4,096 tokens
+    python benchmarks/kernels.py --tune               on CUDA: which tiles are fastest
+
+Each way is checked against float64 before it is timed. Writes kernels-<device>.json, .md and .png into
+benchmarks/results/, of which the last shows each time as a multiple of the arithmetic floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trace_sdk.kernels import (
+    abdiv,
+    abdiv_from_qk,
+    abdiv_reference,
+    head_mean_attention,
+    head_mean_attention_reference,
+    log_sum_exp,
+    per_head_divergence,
+)
+
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.machine import commit, hardware, peak_memory, versions
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 0.02  # of the mean ABDiv; beyond it a way counts as wrong and is not timed
+BASELINE = "hook"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention layer: tokens on a grid, heads, their width, and text tokens that a joint attention also reads."""
+
+    name: str
+    grid: tuple[int, int]
+    heads: int
+    width: int
+    text: int = 0
+
+
+CASES = {
+    "cuda": (
+        Case("SD1.5-512", (64, 64), 8, 40),
+        Case("SDXL-1024", (64, 64), 10, 64),
+        Case("PixArt-1024", (64, 64), 16, 72),
+        Case("SD3.5-L-1024", (64, 64), 38, 64, text=333),
+        Case("FLUX-1024", (64, 64), 24, 128, text=512),
+        Case("SD1.5-1024", (128, 128), 8, 40),
+    ),
+    "cpu": (Case("SD1.5-512", (64, 64), 8, 40), Case("trace-small-512", (64, 64), 4, 64, text=1)),
+}
+
+
+@dataclass
+class Inputs:
+    """Queries and keys of the image, peaky as trained models' are, as views of the joint tensors."""
+
+    query: Tensor
+    key: Tensor
+    joint: tuple[Tensor, Tensor, Tensor]
+    attention: SelfAttention
+    lse: Tensor
+
+    @classmethod
+    def of(cls, case: Case, device: str, seed: int = 0) -> Inputs:
+        """Score deviation 3.6, smooth over neighbouring tokens, so that ABDiv is neither noise nor zero."""
+        generator = torch.Generator().manual_seed(seed)
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        tokens = case.text + case.grid[0] * case.grid[1]
+
+        def draw() -> Tensor:
+            coarse = torch.randn(case.heads * case.width, 1, case.grid[0] // 8, case.grid[1] // 8, generator=generator)
+            image = F.interpolate(coarse, case.grid, mode="bicubic").flatten(2).view(case.heads, case.width, -1).mT
+            text = torch.randn(case.heads, case.text, case.width, generator=generator)
+            x = torch.cat([text, image / image.std()], 1)[None] * math.sqrt(3.6)
+            # [B, tokens, heads, d] in memory, as models hold it
+            return x.transpose(1, 2).contiguous().to(device, dtype).transpose(1, 2)
+
+        joint = (draw(), draw(), draw())
+        assert joint[0].shape[2] == tokens
+        query, key = joint[0][:, :, case.text :], joint[1][:, :, case.text :]
+        attention = SelfAttention(0, query, key, case.grid, case.width**-0.5)
+        return cls(query, key, joint, attention, log_sum_exp(query, key))
+
+
+def hook(x: Inputs) -> Tensor:
+    """Eager: every head's map, their mean, and the stencil in torch, as a hook on attention would do it."""
+    a = x.attention
+    maps = (a.query @ a.key.mT * a.scale).softmax(-1)
+    return abdiv_reference(maps.mean(1).float().clamp_min(1e-12).log2(), a.grid)
+
+
+def compiled_reference(x: Inputs) -> Tensor:
+    """The reference, compiled by torch."""
+    return _compiled(x.query, x.key, x.attention.scale, x.attention.grid)
+
+
+@torch.compile
+def _compiled(query: Tensor, key: Tensor, scale: float, grid: tuple[int, int]) -> Tensor:
+    return abdiv_reference(head_mean_attention_reference(query, key, scale), grid)
+
+
+def attention_call(x: Inputs) -> None:
+    """One attention call of the model itself: the practical floor."""
+    F.scaled_dot_product_attention(*x.joint)
+
+
+def kernels_map(x: Inputs) -> Tensor:
+    """Ours through one map: log-sum-exp, head mean, stencil."""
+    return abdiv(head_mean_attention(x.query, x.key), x.attention.grid)
+
+
+def kernels_known_lse(x: Inputs) -> Tensor:
+    """Ours, with the log-sum-exp that the model's own call has left."""
+    return abdiv(head_mean_attention(x.query, x.key, lse=x.lse), x.attention.grid)
+
+
+def kernels_strips(x: Inputs) -> Tensor:
+    """Ours without a map."""
+    return abdiv_from_qk([x.attention])
+
+
+def kernels_per_head(x: Inputs) -> Tensor:
+    """Another quantity: each head's own divergence, averaged."""
+    return per_head_divergence(x.attention, symmetric=False).sum(1) / x.query.shape[1]
+
+
+WAYS: dict[str, Callable[[Inputs], Tensor | None]] = {
+    BASELINE: hook,
+    "torch.compile": compiled_reference,
+    "attention call": attention_call,
+    "kernels: map": kernels_map,
+    "kernels: map, known lse": kernels_known_lse,
+    "kernels: strips": kernels_strips,
+    "kernels: per head": kernels_per_head,
+}
+ANOTHER_QUANTITY = {"attention call", "kernels: per head"}
+
+
+def exact(x: Inputs) -> Tensor:
+    """ABDiv in float64 on the CPU, strip by strip."""
+    a = x.attention
+    double = SelfAttention(0, a.query.cpu().double(), a.key.cpu().double(), a.grid, a.scale)
+    return abdiv_from_qk([double])
+
+
+def error_of(answer: Tensor, expected: Tensor) -> float:
+    """Largest error, over the mean."""
+    return float((answer.cpu().double() - expected).abs().max() / expected.mean())
+
+
+def timed(run: Callable[[], object], device: str, runs: int, cold: Tensor | None) -> list[float]:
+    """Milliseconds of each run, after three that don't count; `cold` is written before each, to empty the L2 cache."""
+    times = []
+    for number in range(runs + 3):
+        if cold is not None:
+            cold.zero_()
+        if device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end)
+        else:
+            start = time.perf_counter()
+            run()
+            elapsed = (time.perf_counter() - start) * 1e3
+        if number >= 3:
+            times.append(elapsed)
+    return times
+
+
+def memory_on_cuda(run: Callable[[], object]) -> float:
+    """MiB that one run allocates at its peak beyond its inputs."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def memory_on_cpu(case: Case, way: str) -> float:
+    """MiB by which one run raises the resident set, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_raise_resident_set, args=(case, way, torch.get_num_threads(), sender))
+    process.start()
+    sender.close()  # so that a process that fails ends the wait
+    mebibytes = float(receiver.recv())
+    process.join()
+    return mebibytes
+
+
+def _raise_resident_set(case: Case, way: str, threads: int, sender: Any) -> None:
+    torch.set_num_threads(threads)
+    small = Case("small", (8, 8), case.heads, case.width, case.text)
+    WAYS[way](Inputs.of(small, "cpu"))  # libraries load and allocate once
+    inputs = Inputs.of(case, "cpu")
+    gc.collect()
+    before = peak_memory()
+    WAYS[way](inputs)
+    sender.send((peak_memory() - before) / 2**20)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Measured rates of the device: multiply-adds as FLOP/s, exp2 a second, bytes a second."""
+
+    flops: float
+    exponentials: float
+    bandwidth: float
+
+    def floor_ms(self, case: Case) -> float:
+        """Least time for QKᵀ and its exponentials, whichever takes longer."""
+        scores = case.heads * (case.grid[0] * case.grid[1]) ** 2
+        return max(2 * scores * case.width / self.flops, scores / self.exponentials) * 1e3
+
+
+def measured_peaks(device: str) -> Peaks:
+    """A large matrix product, exponentials in registers (in cache on a CPU), and a large copy."""
+    if device == "cuda":
+        from peaks_triton import exponentials
+
+        a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
+        big = torch.empty(2**29, device=device, dtype=torch.uint8)
+        exp_count, run_exponentials = exponentials()
+    else:
+        a = torch.randn(2048, 2048)
+        big = torch.empty(2**28, dtype=torch.uint8)
+        small = torch.rand(2**15)
+        exp_count, run_exponentials = small.numel() * 64, lambda: [small.exp2() for _ in range(64)]
+    side = a.shape[0]
+    product = min(timed(lambda: a @ a, device, 10, None))
+    exponent = min(timed(run_exponentials, device, 10, None))
+    copy = min(timed(big.clone, device, 10, None))
+    return Peaks(2 * side**3 / product * 1e3, exp_count / exponent * 1e3, 2 * big.numel() / copy * 1e3)
+
+
+def measure(case: Case, device: str, runs: int, peaks: Peaks, ways: list[str]) -> list[dict[str, Any]]:
+    """One row a way: error first, then times and memory."""
+    inputs = Inputs.of(case, device)
+    expected = exact(inputs)
+    floor = peaks.floor_ms(case)
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        row: dict[str, Any] = {"case": case.name, "way": way, "floor_ms": floor}
+        rows.append(row)
+
+        def run(way: str = way) -> Tensor | None:
+            return WAYS[way](inputs)
+
+        try:
+            answer = run()
+        except torch.OutOfMemoryError:
+            row["trouble"] = "out of memory"
+            continue
+        if answer is not None and way not in ANOTHER_QUANTITY:
+            row["error"] = error_of(answer, expected)
+            if not row["error"] <= TOLERANCE and way.startswith("kernels"):
+                row["trouble"] = "wrong, so not timed"
+                continue
+        del answer
+        flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
+        for state, cold in (("warm", None), ("cold", flush)):
+            if state == "cold" and cold is None:
+                continue
+            times = sorted(timed(run, device, runs, cold))
+            row[f"{state}_ms"] = {
+                "p20": times[len(times) // 5],
+                "p50": statistics.median(times),
+                "p80": times[len(times) * 4 // 5],
+                "runs": runs,
+            }
+        del flush
+        row["times_floor"] = row["warm_ms"]["p50"] / floor
+        row["peak_mib"] = memory_on_cuda(run) if device == "cuda" else memory_on_cpu(case, way)
+        print(f"{case.name:16} {way:26} {row['warm_ms']['p50']:9.3f} ms  {row['peak_mib']:9.1f} MiB", flush=True)
+    baseline = rows[0]
+    for row in rows:
+        if "warm_ms" in row and "warm_ms" in baseline:
+            row["speedup"] = baseline["warm_ms"]["p50"] / row["warm_ms"]["p50"]
+            row["memory_ratio"] = baseline["peak_mib"] / max(row["peak_mib"], 1e-3)
+    return rows
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The rows as a table, with what they were measured on."""
+    lines = [
+        f"Head mean and ABDiv of one layer, {result['device']}, {result['runs']} runs each, median (p20–p80), warm.",
+        "",
+        "| layer | way | ms | × hook | × floor | peak MiB | hook's ÷ this | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        if "trouble" in row:
+            lines.append(f"| {row['case']} | {row['way']} | {row['trouble']} | | | | | {row.get('error', '')} |")
+            continue
+        warm = row["warm_ms"]
+        error = f"{row['error']:.1e}" if "error" in row else "another quantity"
+        lines.append(
+            f"| {row['case']} | {row['way']} | {warm['p50']:.3f} ({warm['p20']:.3f}–{warm['p80']:.3f}) "
+            f"| {row['speedup']:.2f} | {row['times_floor']:.1f} | {row['peak_mib']:.1f} | {row['memory_ratio']:.0f} "
+            f"| {error} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Time over the arithmetic floor, one group of bars a layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    ways = list(dict.fromkeys(row["way"] for row in result["rows"]))
+    for index, way in enumerate(ways):
+        heights = {row["case"]: row["times_floor"] for row in result["rows"] if row["way"] == way and "warm_ms" in row}
+        places = [cases.index(case) + (index - len(ways) / 2) * 0.8 / len(ways) for case in heights]
+        axes.bar(places, list(heights.values()), 0.8 / len(ways), label=way, align="edge")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("time ÷ arithmetic floor")
+    axes.set_title(f"Head mean and ABDiv of one layer, {result['device']}")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(out, dpi=110)
+
+
+def tune(runs: int) -> None:
+    """Print the fastest tiles of each kernel and layer; put them into `default_tile` beside the kernel."""
+    from trace_sdk.kernels.head_mean_triton import launch_head_mean, launch_log_sum_exp
+    from trace_sdk.kernels.per_head_triton import launch_mean_key
+    from trace_sdk.kernels.tiles_triton import Tile
+
+    sides = (32, 64, 128)
+    tiles = [Tile(q, k, w, s) for q in sides for k in sides for w in (4, 8) for s in (2, 3, 4)]
+    for case in CASES["cuda"]:
+        x = Inputs.of(case, "cuda")
+        scale, lse, out = x.attention.scale, log_sum_exp(x.query, x.key), head_mean_attention(x.query, x.key)
+        launches: dict[str, Callable[[Tile], object]] = {
+            "log_sum_exp": lambda tile, x=x, s=scale: launch_log_sum_exp(x.query, x.key, s, tile),
+            "head_mean": lambda tile, x=x, s=scale, lse=lse, out=out: launch_head_mean(
+                x.query, x.key, lse, s, 1.0, False, out, tile
+            ),
+            "mean_key": lambda tile, x=x, s=scale: launch_mean_key(x.query, x.key, s, tile),
+        }
+        for name, launch in launches.items():
+            found: list[tuple[float, Tile]] = []
+            for tile in tiles:
+                try:
+                    times = timed(lambda launch=launch, tile=tile: launch(tile), "cuda", runs, None)
+                except Exception as error:  # a tile that doesn't fit into shared memory or registers
+                    print(f"{case.name} {name} {tile}: {type(error).__name__}")
+                    continue
+                found.append((statistics.median(times), tile))
+            for milliseconds, tile in sorted(found, key=lambda pair: pair[0])[:3]:
+                print(f"{case.name:16} {name:12} {milliseconds:8.3f} ms  {tile}", flush=True)
+
+
+def name_of(device: str) -> str:
+    """The GPU's name, or the CPU's with the threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{hardware()['cpu']}, {torch.get_num_threads()} threads"
+
+
+def main() -> int:
+    """Measure and write; 1 when a kernel's answer was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--runs", type=int, help="timed runs of each way; 100 on CUDA, 10 on a CPU")
+    parser.add_argument("--case", action="append", help="only this layer; repeatable")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device here. Run this on a machine that has one, or take --device cpu.")
+        return 2
+    runs = options.runs or (100 if options.device == "cuda" else 10)
+    if options.tune:
+        tune(max(runs // 5, 1))
+        return 0
+    torch.set_grad_enabled(False)
+    ways = [way for way in WAYS if options.device == "cuda" or way != "torch.compile"]
+    cases = [case for case in CASES[options.device] if not options.case or case.name in options.case]
+    peaks = measured_peaks(options.device)
+    rows = [row for case in cases for row in measure(case, options.device, runs, peaks, ways)]
+    result = {
+        "device": torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware(),
+        "versions": versions(["torch", "triton", "numpy"]),
+        "commit": commit(),
+        "runs": runs,
+        "peaks": asdict(peaks),
+        "cases": [asdict(case) for case in cases],
+        "rows": rows,
+    }
+    name = f"kernels-{options.device}"
+    write_text(options.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    write_text(options.out / f"{name}.md", to_markdown(result))
+    plot(result, options.out / f"{name}.png")
+    print(to_markdown(result))
+    return int(any("wrong" in row.get("trouble", "") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""The whole teacher on one image, KL curve and ABDiv at t*: our kernels beside hooks that keep per-head maps.
+
+    python benchmarks/teacher.py                      on CUDA; says plainly when there is none
+    python benchmarks/teacher.py --device cpu         the backbone of trace-small at 512 px
+
+Full-size models with random weights, null prompt, the paper's schedule of ten timesteps and one more pass at t*.
+Both ways must agree before they are timed. Memory is what a run takes beyond the model. Writes teacher-<device>.json
+and .md into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trace_sdk.kernels import abdiv_reference, row_kl_reference, temporal_kl, upsample_attention_reference
+
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
+from trace_sdk.machine import commit, hardware, peak_memory, versions
+from trace_sdk.teacher.attention import AttentionAverage
+from trace_sdk.teacher.boundary import MeanBoundary
+from trace_sdk.teacher.emergence import schedule
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 0.02
+OnAttention = Callable[[SelfAttention], None]
+Forward = Callable[[float, OnAttention | None], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with random weights: its finest attention grid, blocks, and one pass at t that shows its attention."""
+
+    grid: tuple[int, int]
+    blocks: int
+    forward: Forward
+
+
+def tapped(run: Callable[[float], object], image_tokens: Callable[[int, int], Any]) -> Forward:
+    """A pass with the tap around it."""
+
+    def forward(t: float, on_attention: OnAttention | None) -> None:
+        if on_attention is None:
+            run(t)
+            return
+        with SelfAttentionTap(on_attention, image_tokens):
+            run(t)
+
+    return forward
+
+
+def noised(latents: Tensor, noise: Tensor, t: float) -> Tensor:
+    """Enough of a noising rule for timing."""
+    return (1 - t) * latents + t * noise
+
+
+def build(model: nn.Module, device: str) -> nn.Module:
+    """Evaluation mode, half precision on CUDA."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def pixel(device: str, side: int = 512) -> Model:
+    """The backbone of trace-small: 8 blocks of 4 heads."""
+    from trace_sdk.backbones.pixel import SMALL, PixelBackbone
+
+    backbone = PixelBackbone.create(**SMALL)
+    for block in backbone.transformer.single_transformer_blocks:  # zero at first: every block would be the identity
+        nn.init.normal_(block.norm.linear.weight, std=0.02)
+    built = build(backbone, device)
+    like = next(built.parameters())
+    image, noise = torch.rand(2, 1, 3, side, side).to(like) * 2 - 1
+
+    def forward(t: float, on_attention: OnAttention | None) -> None:
+        built(noised(image, noise, t), t, on_attention)
+
+    return Model((side // 8, side // 8), backbone.self_attention_blocks, forward)
+
+
+def stable_diffusion(device: str, side: int = 512) -> Model:
+    """SD 1.5's UNet: 16 self-attention layers on grids of 64, 32, 16 and 8 at 512 px."""
+    from diffusers import UNet2DConditionModel
+
+    unet = build(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8), device)
+    like = next(unet.parameters())
+    latents, noise = torch.randn(2, 1, 4, side // 8, side // 8).to(like)
+    prompt = torch.zeros(1, 77, 768).to(like)
+
+    def image_tokens(queries: int, keys: int) -> tuple[slice, tuple[int, int]] | None:
+        return (slice(None), (math.isqrt(queries),) * 2) if queries == keys else None
+
+    return Model(
+        (side // 8, side // 8),
+        16,
+        tapped(lambda t: unet(noised(latents, noise, t), 1000 * t, prompt), image_tokens),
+    )
+
+
+def stable_diffusion_35_large(device: str, side: int = 1024) -> Model:
+    """SD 3.5 Large: 38 joint blocks, image tokens first."""
+    from diffusers import SD3Transformer2DModel
+
+    transformer = build(
+        SD3Transformer2DModel(
+            sample_size=128, in_channels=16, num_layers=38, num_attention_heads=38, attention_head_dim=64,
+            joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, out_channels=16,
+            pos_embed_max_size=192, qk_norm="rms_norm",
+        ),
+        device,
+    )  # fmt: skip
+    like = next(transformer.parameters())
+    latents, noise = torch.randn(2, 1, 16, side // 8, side // 8).to(like)
+    prompt, pooled = torch.zeros(1, 333, 4096).to(like), torch.zeros(1, 2048).to(like)
+    tokens = (side // 16) ** 2
+    return Model(
+        (side // 16, side // 16),
+        38,
+        tapped(
+            lambda t: transformer(noised(latents, noise, t), prompt, pooled, like.new_tensor([1000 * t])),
+            lambda queries, keys: (slice(0, tokens), (side // 16, side // 16)),
+        ),
+    )
+
+
+def flux(device: str, side: int = 1024) -> Model:
+    """FLUX.1: 19 double and 38 single blocks, text tokens first."""
+    from diffusers import FluxTransformer2DModel
+
+    from trace_sdk.backbones.pixel import position_ids
+
+    transformer = build(FluxTransformer2DModel(guidance_embeds=True), device)
+    like = next(transformer.parameters())
+    grid = (side // 16, side // 16)
+    latents, noise = torch.randn(2, 1, grid[0] * grid[1], 64).to(like)
+    prompt, pooled = torch.zeros(1, 512, 4096).to(like), torch.zeros(1, 768).to(like)
+    image_ids, text_ids = position_ids(grid, like), torch.zeros(512, 3).to(like)
+
+    def run(t: float) -> None:
+        transformer(
+            noised(latents, noise, t), prompt, pooled, like.new_tensor([t]), image_ids, text_ids, like.new_tensor([3.5])
+        )
+
+    return Model(grid, 57, tapped(run, lambda queries, keys: (slice(512, None), grid)))
+
+
+MODELS: dict[str, dict[str, Callable[[str], Model]]] = {
+    "cpu": {"trace-small-512": pixel},
+    "cuda": {
+        "trace-small-512": pixel,
+        "SD1.5-512": stable_diffusion,
+        "SD1.5-1024": lambda device: stable_diffusion(device, 1024),
+        "SD3.5-L-1024": stable_diffusion_35_large,
+        "FLUX-1024": flux,
+    },
+}
+
+
+class HookAverage:
+    """What a hook does: every head's map at once, their mean, enlarged, added to a running mean."""
+
+    def __init__(self, finest: tuple[int, int], blocks: int) -> None:
+        self._finest, self._blocks = finest, blocks
+        self.mean: Tensor | None = None
+
+    def add(self, attention: SelfAttention) -> None:
+        """Take one block into the mean."""
+        one = (attention.query @ attention.key.mT * attention.scale).softmax(-1).mean(1).float()
+        if attention.grid != self._finest:
+            log2_map = one.clamp_min(1e-12).log2()
+            one = upsample_attention_reference(log2_map, attention.grid, self._finest).exp2()
+        self.mean = one / self._blocks if self.mean is None else self.mean + one / self._blocks
+
+    def log2_mean(self) -> Tensor:
+        """The averaged map."""
+        assert self.mean is not None
+        return self.mean.clamp_min(1e-12).log2()
+
+
+def with_hooks(model: Model, timesteps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """KL curve [T − 1] and ABDiv [1, H, W] at its largest step."""
+
+    def log2_map(t: float) -> Tensor:
+        average = HookAverage(model.grid, model.blocks)
+        model.forward(t, average.add)
+        return average.log2_mean()
+
+    kl, previous = [], log2_map(timesteps[0])
+    for t in timesteps[1:]:
+        current = log2_map(t)
+        kl.append(row_kl_reference(previous, current).mean())
+        previous = current
+    del previous, current
+    curve = torch.stack(kl)
+    return curve, abdiv_reference(log2_map(timesteps[1 + int(curve.argmax())]), model.grid)
+
+
+def with_kernels(model: Model, timesteps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The same through the teacher's own parts."""
+
+    def log2_map(t: float) -> Tensor:
+        average = AttentionAverage(model.grid, range(model.blocks))
+        model.forward(t, average.add)
+        return average.log2_mean()
+
+    kl, previous = [], log2_map(timesteps[0])
+    for t in timesteps[1:]:
+        current = log2_map(t)
+        kl.append(temporal_kl(previous, current).mean())
+        previous = current
+    del previous, current
+    curve = torch.stack(kl)
+    boundary = MeanBoundary(model.grid, range(model.blocks), 4)
+    model.forward(timesteps[1 + int(curve.argmax())], boundary.add)
+    return curve, boundary.abdiv()
+
+
+def model_alone(model: Model, timesteps: tuple[float, ...]) -> None:
+    """As many passes, and nothing read."""
+    for t in (*timesteps, timesteps[-1]):
+        model.forward(t, None)
+
+
+WAYS: dict[str, Callable[[Model, tuple[float, ...]], object]] = {
+    "model alone": model_alone,
+    "hooks": with_hooks,
+    "kernels": with_kernels,
+}
+
+
+def disagreement(model: Model, timesteps: tuple[float, ...]) -> float:
+    """Largest difference of KL and of ABDiv between the two ways, over their means."""
+    worst = 0.0
+    for a, b in zip(with_hooks(model, timesteps), with_kernels(model, timesteps), strict=True):
+        worst = max(worst, float((a.double() - b.double()).abs().max() / a.double().mean()))
+    return worst
+
+
+def timed(run: Callable[[], object], device: str, runs: int) -> list[float]:
+    """Milliseconds of each run, after one that doesn't count."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[1:]
+
+
+def memory(name: str, way: str, device: str, timesteps: tuple[float, ...], model: Model) -> float:
+    """MiB that a run takes beyond the model; on a CPU by the resident set of a process of its own."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        WAYS[way](model, timesteps)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_raise_resident_set, args=(name, way, timesteps, torch.get_num_threads(), sender))
+    process.start()
+    sender.close()
+    mebibytes = float(receiver.recv())
+    process.join()
+    return mebibytes
+
+
+def _raise_resident_set(name: str, way: str, timesteps: tuple[float, ...], threads: int, sender: Any) -> None:
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    model = MODELS["cpu"][name]("cpu")
+    model.forward(0.0, None)
+    before = peak_memory()
+    WAYS[way](model, timesteps)
+    sender.send((peak_memory() - before) / 2**20)
+
+
+def measure(name: str, device: str, runs: int, timesteps: tuple[float, ...]) -> list[dict[str, Any]]:
+    """One row a way."""
+    torch.manual_seed(0)
+    model = MODELS[device][name](device)
+    apart = disagreement(model, timesteps)
+    if apart > TOLERANCE:
+        print(f"{name}: the two ways differ by {apart:.3f}, so they are not timed")
+        return [{"model": name, "trouble": "the two ways differ", "disagreement": apart}]
+    rows: list[dict[str, Any]] = []
+    for way in WAYS:
+        times = timed(lambda way=way: WAYS[way](model, timesteps), device, runs)  # type: ignore[misc]
+        row = {
+            "model": name,
+            "way": way,
+            "ms": statistics.median(times),
+            "slowest_ms": max(times),
+            "runs": runs,
+            "peak_mib": memory(name, way, device, timesteps, model),
+            "disagreement": apart,
+        }
+        rows.append(row)
+        print(f"{name:16} {way:12} {row['ms']:10.1f} ms {row['peak_mib']:9.1f} MiB", flush=True)
+    alone, hooks = rows[0]["ms"], rows[1]["ms"]
+    for row in rows[1:]:
+        row["speedup"] = hooks / row["ms"]
+        row["reading_ms"] = row["ms"] - alone
+    return rows
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [
+        f"Teacher on one image, {len(result['timesteps']) + 1} passes, {result['device']}, median.",
+        "",
+        "| model | way | ms | × hooks | beyond the model, ms | peak MiB beyond the model |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        if "trouble" in row:
+            lines.append(f"| {row['model']} | {row['trouble']} | | | | |")
+            continue
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        reading = f"{row['reading_ms']:.1f}" if "reading_ms" in row else ""
+        lines.append(
+            f"| {row['model']} | {row['way']} | {row['ms']:.1f} | {speedup} | {reading} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure and write; 1 when the two ways differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--model", action="append", help="only this model; repeatable")
+    parser.add_argument("--stride", type=int, default=100, help="of the schedule, in thousandths of t")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device here. Run this on a machine that has one, or take --device cpu.")
+        return 2
+    torch.set_grad_enabled(False)
+    timesteps = schedule(options.stride)
+    rows: list[dict[str, Any]] = []
+    for name in MODELS[options.device]:
+        if not options.model or name in options.model:
+            rows += measure(name, options.device, options.runs, timesteps)
+    threads = f"{hardware()['cpu']}, {torch.get_num_threads()} threads"
+    result = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else threads,
+        "hardware": hardware(),
+        "versions": versions(["torch", "triton", "diffusers"]),
+        "commit": commit(),
+        "timesteps": timesteps,
+        "rows": rows,
+    }
+    write_text(options.out / f"teacher-{options.device}.json", json.dumps(result, indent=2) + "\n")
+    write_text(options.out / f"teacher-{options.device}.md", to_markdown(result))
+    print(to_markdown(result))
+    return int(any("trouble" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

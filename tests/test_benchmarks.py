@@ -1,0 +1,92 @@
+"""The benchmark scripts on a CPU: they check before they time, and their full-size models are what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from trace_sdk.backbones.tap import SelfAttention
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kernels, teacher = script("kernels"), script("teacher")
+TINY = kernels.Case("tiny", (16, 16), 2, 16, text=3)
+PEAKS = kernels.Peaks(flops=1e9, exponentials=1e8, bandwidth=1e9)
+
+
+def test_every_way_is_timed_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "memory_on_cpu", lambda case, way: 1.0)
+    with torch.no_grad():
+        rows = kernels.measure(TINY, "cpu", 2, PEAKS, [way for way in kernels.WAYS if way != "torch.compile"])
+    assert rows[0]["way"] == kernels.BASELINE and not any("trouble" in row for row in rows)
+    for row in rows:
+        assert row["speedup"] > 0 and row["times_floor"] > 0
+        if row["way"] not in kernels.ANOTHER_QUANTITY:
+            assert row["error"] < 1e-3
+    result = {"device": "test", "runs": 2, "rows": rows}
+    assert kernels.to_markdown(result).count("| tiny |") == len(rows)
+    kernels.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.WAYS, "kernels: map", lambda x: 2 * kernels.hook(x))
+    monkeypatch.setattr(kernels, "memory_on_cpu", lambda case, way: 1.0)
+    with torch.no_grad():
+        _, row = kernels.measure(TINY, "cpu", 1, PEAKS, [kernels.BASELINE, "kernels: map"])
+    assert row["trouble"] == "wrong, so not timed" and "warm_ms" not in row
+
+
+def test_the_floor_is_the_slower_of_products_and_exponentials() -> None:
+    scores = 2 * 256**2
+    assert PEAKS.floor_ms(TINY) == pytest.approx(max(2 * scores * 16 / 1e9, scores / 1e8) * 1e3)
+
+
+@pytest.mark.parametrize("module", [kernels, teacher])
+def test_without_a_gpu_it_says_so(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.main() == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", teacher.MODELS["cuda"])
+def test_full_size_models_show_the_attention_they_promise(name: str) -> None:
+    """Built and run on torch's meta device: real shapes, no weights."""
+    seen: list[SelfAttention] = []
+    with torch.device("meta"), torch.no_grad():
+        model = teacher.MODELS["cuda"][name]("meta")
+        model.forward(0.2, seen.append)
+    assert len(seen) == model.blocks
+    assert max(attention.grid for attention in seen) == model.grid
+    assert all(attention.query.shape[2] == attention.grid[0] * attention.grid[1] for attention in seen)
+
+
+def test_hooks_and_kernels_agree_on_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(teacher.MODELS["cpu"], "trace-small-512", lambda device: teacher.pixel(device, 64))
+    monkeypatch.setattr(teacher, "memory", lambda *_: 1.0)
+    monkeypatch.setattr(sys, "argv", ["t", "--device", "cpu", "--stride", "400", "--runs", "1", "-o", str(tmp_path)])
+    assert teacher.main() == 0
+    torch.set_grad_enabled(True)
+    result = json.loads((tmp_path / "teacher-cpu.json").read_text())
+    assert [row["way"] for row in result["rows"]] == ["model alone", "hooks", "kernels"]
+    assert 0 < result["rows"][1]["disagreement"] < 1e-2
+    assert "| kernels |" in (tmp_path / "teacher-cpu.md").read_text()
