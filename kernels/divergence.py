@@ -37,7 +37,7 @@ def opposite(x: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def abdiv_reference(log2_attention: Tensor, grid: tuple[int, int], neighbourhood: int = 4) -> Tensor:
     """The definition: ABDiv(i,j) = KL(SA[i+1,j] ‖ SA[i−1,j]) + KL(SA[i,j+1] ‖ SA[i,j−1]). [B, N, N] → [B, H, W]."""
-    rows = log2_attention.unflatten(1, grid)
+    rows = torch.unflatten(log2_attention, 1, grid)
     pairs = [row_kl_reference(*opposite(rows, direction)) for direction in NEIGHBOURHOODS[neighbourhood]]
     return torch.stack(pairs).sum(0)
 
@@ -63,7 +63,8 @@ def abdiv(log2_attention: Tensor, grid: tuple[int, int], neighbourhood: int = 4)
         raise ArgumentError(f"A map over the grid {grid} has {grid[0] * grid[1]} rows: {tuple(log2_attention.shape)}.")
     _check_neighbourhood(neighbourhood)
     check_device(log2_attention)
-    return _abdiv_strip_op(log2_attention, list(grid), 0, 0, grid[0], neighbourhood)
+    divergence: Tensor = _abdiv_strip_op(log2_attention, list(grid), 0, 0, grid[0], neighbourhood)
+    return divergence
 
 
 @torch.no_grad()
@@ -105,15 +106,15 @@ def abdiv_from_qk(
 
     def fill(into: Tensor, first: int, last: int) -> None:
         rows = slice(first * width, last * width)
-        for index, a in enumerate(attentions):
-            shared = {"out": into, "accumulate": index > 0, "weight": 1 / len(attentions)}
+        share = 1 / len(attentions)
+        for index, (a, known) in enumerate(zip(attentions, lse, strict=True)):
+            add = index > 0
             if index in coarse:
                 wanted = torch.arange(rows.start, rows.stop, device=query.device)
-                upsample_attention(coarse[index], a.grid, grid, rows=wanted, **shared)
+                upsample_attention(coarse[index], a.grid, grid, into, add, rows=wanted, weight=share)
             else:
-                known = lse[index]
                 known = None if known is None else known[:, :, rows]
-                head_mean_attention(a.query[:, :, rows], a.key, scale=a.scale, lse=known, **shared)
+                head_mean_attention(a.query[:, :, rows], a.key, into, add, scale=a.scale, lse=known, weight=share)
 
     answer = []
     held_first = held_last = 0  # image rows that the strip holds

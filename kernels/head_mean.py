@@ -81,7 +81,8 @@ def head_mean_attention(
 def log_sum_exp(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
     """Natural log-sum-exp of each query's scores: [B, heads, N, d] and [B, heads, M, d] → float32 [B, heads, N]."""
     check_query_key(query, key)
-    return _log_sum_exp_op(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    lse: Tensor = _log_sum_exp_op(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    return lse
 
 
 @torch.no_grad()
@@ -101,7 +102,8 @@ def image_log_sum_exp(lse: Tensor, query: Tensor, image_key: Tensor, text_key: T
     """
     check_query_key(query, image_key)
     check_query_key(query, text_key)
-    return _image_log_sum_exp_op(lse, query, image_key, text_key, scale)
+    image_lse: Tensor = _image_log_sum_exp_op(lse, query, image_key, text_key, scale)
+    return image_lse
 
 
 def lse_of(attention: SelfAttention) -> Tensor | None:

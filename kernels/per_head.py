@@ -46,7 +46,8 @@ def per_head_divergence(attention: SelfAttention, *, symmetric: bool) -> Tensor:
     query, key = attention.query, attention.key
     check_query_key(query, key)
     lse = None if symmetric or runs_triton(query) else lse_of(attention)  # the kernel finds it on its way
-    return _per_head_op(query, key, lse, list(attention.grid), attention.scale, symmetric)
+    divergence: Tensor = _per_head_op(query, key, lse, list(attention.grid), attention.scale, symmetric)
+    return divergence
 
 
 def _between_neighbours(

@@ -36,7 +36,8 @@ def temporal_kl(previous: Tensor, current: Tensor) -> Tensor:
             f"and {tuple(current.shape)} {current.dtype}."
         )
     check_device(previous)
-    return _row_kl_op(previous, current).mean(-1)
+    kl: Tensor = _row_kl_op(previous, current)
+    return kl.mean(-1)
 
 
 @torch.library.custom_op("trace_sdk::row_kl", mutates_args=())

@@ -36,7 +36,7 @@ def fitted(tile: Tile, query: Tensor) -> Tile:
     """The tile halved until its queries, and keys for every stage of two loops, fit into the GPU's shared memory."""
     limit = 227 * 1024  # sm_90
     if query.is_cuda:
-        limit = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+        limit = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
     width = sum(split_width(query.shape[-1])) * query.element_size()
     while (tile.queries + 2 * tile.stages * tile.keys) * width > limit and tile.keys > 16:
         tile = Tile(max(16, tile.queries // 2), tile.keys // 2, tile.warps, tile.stages)

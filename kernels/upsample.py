@@ -16,8 +16,8 @@ Grid = tuple[int, int]
 def upsample_attention_reference(coarse: Tensor, grid: Grid, finest: Grid) -> Tensor:
     """The definition: log₂ map [B, n, n] over `grid` → [B, N, N] over `finest`."""
     probability = full_precision(coarse).exp2()
-    keys = F.interpolate(probability.unflatten(2, grid), finest, mode="bilinear")  # [B, n, H, W]
-    queries = keys.flatten(2).mT.unflatten(2, grid)  # [B, N keys, h, w]
+    keys = F.interpolate(torch.unflatten(probability, 2, grid), finest, mode="bilinear")  # [B, n, H, W]
+    queries = torch.unflatten(keys.flatten(2).mT, 2, grid)  # [B, N keys, h, w]
     both = F.interpolate(queries, finest, mode="bilinear").flatten(2).mT  # [B, N queries, N keys]
     return (both / both.sum(-1, keepdim=True)).log2()
 

@@ -133,13 +133,15 @@ class Teacher:
             return self._annotate(images)
 
     def _annotate(self, images: Tensor) -> Annotation:
+        emergence: Emergence | None
+        timesteps: tuple[float, ...]
         noise = self.noise_like(images)
         views = [images, images.flip(-1)] if self.settings.mirror else [images]
         if self.settings.timesteps is None:
             curve = self._curve(images, noise)
             maps = [self._divergence_at(view, noise, curve) for view in views]
-            emergence: Emergence | None = curve.read()
-            timesteps: tuple[float, ...] = (emergence.t_star,)
+            found = curve.read()
+            emergence, timesteps = found, (found.t_star,)
         else:
             emergence, timesteps = None, self.settings.timesteps
             maps = [self.divergence(view, noise, timesteps) for view in views]
