@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -20,10 +22,12 @@ from trace_sdk.kernels import (
     temporal_kl,
     upsample_attention,
 )
+from trace_sdk.kernels import divergence as divergence_module
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError, DeviceError, MissingExtraError
+from trace_sdk.teacher import attention as attention_module
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -158,6 +162,50 @@ def test_the_teacher_is_the_same_on_both_paths(
     assert got.timesteps == reference.timesteps
     np.testing.assert_allclose(got.abdiv, reference.abdiv, rtol=2e-3, atol=1e-4)
     assert (got.labels == reference.labels).mean() > 0.98
+
+
+def test_the_teacher_asks_the_host_nothing_until_the_end(
+    tiny_backbone: PixelBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each of these would wait for all work so far: none may come before the last pass of the backbone."""
+    for module in (attention_module, divergence_module):
+        monkeypatch.setattr(module, "lse_of", lambda attention: None)  # its CPU path, not its kernel, looks at values
+    events: list[str] = []
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def watched(self: Tensor, *args: object, name: str = name, call: Callable[..., object] = original) -> object:
+            events.append(name)
+            return call(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    handle = tiny_backbone.register_forward_pre_hook(lambda *_: events.append("pass"))
+    Teacher(tiny_backbone, TeacherSettings(size=64, stride=400)).annotate(np.zeros((64, 64, 3), np.uint8))
+    handle.remove()
+    passes = [number for number, event in enumerate(events) if event == "pass"]
+    assert len(passes) == 4  # three timesteps and t*
+    assert set(events[: passes[-1]]) == {"pass"}, events
+    assert "cpu" in events[passes[-1] :]  # the watch sees something
+
+
+def test_sixteen_thousand_tokens_fit_in_a_few_hundred_mebibytes() -> None:
+    """SD 1.5 at 1024 px has 128×128 tokens, whose map alone is a gibibyte in float32."""
+    code = """if True:
+        import torch
+        from trace_sdk.backbones.tap import SelfAttention
+        from trace_sdk.kernels import abdiv_from_qk, head_mean_attention
+        from trace_sdk.machine import peak_memory
+
+        query, key = torch.randn(2, 1, 1, 128 * 128, 16).unbind(0)
+        abdiv_from_qk([SelfAttention(0, query[:, :, :64], key[:, :, :64], (8, 8), 0.25)])
+        before = peak_memory()
+        edges = abdiv_from_qk([SelfAttention(0, query, key, (128, 128), 0.25)])
+        rows = head_mean_attention(query[:, :, :64], torch.randn(1, 1, 65_536, 16))
+        assert edges.isfinite().all() and rows.shape == (1, 64, 65_536)
+        print((peak_memory() - before) / 2**20)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(run.stdout) < 300
 
 
 q, k = torch.zeros(1, 2, 6, 16), torch.zeros(1, 2, 6, 16)
