@@ -10,11 +10,8 @@ benchmarks/results/, of which the last shows each time as a multiple of the arit
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
@@ -25,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from on_device import NO_GPU, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor
 from trace_sdk.kernels import (
     abdiv,
@@ -38,9 +36,8 @@ from trace_sdk.kernels import (
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.tap import SelfAttention
-from trace_sdk.machine import commit, hardware, peak_memory, versions
+from trace_sdk.machine import commit, hardware, versions
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02  # of the mean ABDiv; beyond it a way counts as wrong and is not timed
 BASELINE = "hook"
 
@@ -189,38 +186,11 @@ def timed(run: Callable[[], object], device: str, runs: int, cold: Tensor | None
     return times
 
 
-def memory_on_cuda(run: Callable[[], object]) -> float:
-    """MiB that one run allocates at its peak beyond its inputs."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def memory_on_cpu(case: Case, way: str) -> float:
-    """MiB by which one run raises the resident set, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_raise_resident_set, args=(case, way, torch.get_num_threads(), sender))
-    process.start()
-    sender.close()  # so that a process that fails ends the wait
-    mebibytes = float(receiver.recv())
-    process.join()
-    return mebibytes
-
-
-def _raise_resident_set(case: Case, way: str, threads: int, sender: Any) -> None:
-    torch.set_num_threads(threads)
-    small = Case("small", (8, 8), case.heads, case.width, case.text)
-    WAYS[way](Inputs.of(small, "cpu"))  # libraries load and allocate once
+def ready(case: Case, way: str) -> Callable[[], object]:
+    """A run on a CPU, after a small one: libraries load and allocate once."""
+    WAYS[way](Inputs.of(Case("small", (8, 8), case.heads, case.width, case.text), "cpu"))
     inputs = Inputs.of(case, "cpu")
-    gc.collect()
-    before = peak_memory()
-    WAYS[way](inputs)
-    sender.send((peak_memory() - before) / 2**20)
+    return lambda: WAYS[way](inputs)
 
 
 @dataclass(frozen=True)
@@ -294,7 +264,7 @@ def measure(case: Case, device: str, runs: int, peaks: Peaks, ways: list[str]) -
             }
         del flush
         row["times_floor"] = row["warm_ms"]["p50"] / floor
-        row["peak_mib"] = memory_on_cuda(run) if device == "cuda" else memory_on_cpu(case, way)
+        row["peak_mib"] = peak_on_cuda(run) if device == "cuda" else peak_on_cpu(ready, case, way)
         print(f"{case.name:16} {way:26} {row['warm_ms']['p50']:9.3f} ms  {row['peak_mib']:9.1f} MiB", flush=True)
     baseline = rows[0]
     for row in rows:
@@ -380,24 +350,15 @@ def tune(runs: int) -> None:
                 print(f"{case.name:16} {name:12} {milliseconds:8.3f} ms  {tile}", flush=True)
 
 
-def name_of(device: str) -> str:
-    """The GPU's name, or the CPU's with the threads in use."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{hardware()['cpu']}, {torch.get_num_threads()} threads"
-
-
 def main() -> int:
     """Measure and write; 1 when a kernel's answer was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, help="timed runs of each way; 100 on CUDA, 10 on a CPU")
     parser.add_argument("--case", action="append", help="only this layer; repeatable")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no CUDA device here. Run this on a machine that has one, or take --device cpu.")
+        print(NO_GPU)
         return 2
     runs = options.runs or (100 if options.device == "cuda" else 10)
     if options.tune:

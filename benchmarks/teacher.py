@@ -10,30 +10,27 @@ and .md into benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor, nn
 from trace_sdk.kernels import abdiv_reference, row_kl_reference, temporal_kl, upsample_attention_reference
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
-from trace_sdk.machine import commit, hardware, peak_memory, versions
+from trace_sdk.machine import commit, hardware, versions
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary
 from trace_sdk.teacher.emergence import schedule
 
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02
 OnAttention = Callable[[SelfAttention], None]
 Forward = Callable[[float, OnAttention | None], None]
@@ -259,33 +256,11 @@ def timed(run: Callable[[], object], device: str, runs: int) -> list[float]:
     return times[1:]
 
 
-def memory(name: str, way: str, device: str, timesteps: tuple[float, ...], model: Model) -> float:
-    """MiB that a run takes beyond the model; on a CPU by the resident set of a process of its own."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        WAYS[way](model, timesteps)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_raise_resident_set, args=(name, way, timesteps, torch.get_num_threads(), sender))
-    process.start()
-    sender.close()
-    mebibytes = float(receiver.recv())
-    process.join()
-    return mebibytes
-
-
-def _raise_resident_set(name: str, way: str, timesteps: tuple[float, ...], threads: int, sender: Any) -> None:
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
+def ready(name: str, way: str, timesteps: tuple[float, ...]) -> Callable[[], object]:
+    """A run on a CPU, after one pass of the model: libraries load and allocate once."""
     model = MODELS["cpu"][name]("cpu")
     model.forward(0.0, None)
-    before = peak_memory()
-    WAYS[way](model, timesteps)
-    sender.send((peak_memory() - before) / 2**20)
+    return lambda: WAYS[way](model, timesteps)
 
 
 def measure(name: str, device: str, runs: int, timesteps: tuple[float, ...]) -> list[dict[str, Any]]:
@@ -298,14 +273,18 @@ def measure(name: str, device: str, runs: int, timesteps: tuple[float, ...]) -> 
         return [{"model": name, "trouble": "the two ways differ", "disagreement": apart}]
     rows: list[dict[str, Any]] = []
     for way in WAYS:
-        times = timed(lambda way=way: WAYS[way](model, timesteps), device, runs)  # type: ignore[misc]
+
+        def run(way: str = way) -> object:
+            return WAYS[way](model, timesteps)
+
+        times = timed(run, device, runs)
         row = {
             "model": name,
             "way": way,
             "ms": statistics.median(times),
             "slowest_ms": max(times),
             "runs": runs,
-            "peak_mib": memory(name, way, device, timesteps, model),
+            "peak_mib": peak_on_cuda(run) if device == "cuda" else peak_on_cpu(ready, name, way, timesteps),
             "disagreement": apart,
         }
         rows.append(row)
@@ -339,15 +318,13 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure and write; 1 when the two ways differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--model", action="append", help="only this model; repeatable")
     parser.add_argument("--stride", type=int, default=100, help="of the schedule, in thousandths of t")
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no CUDA device here. Run this on a machine that has one, or take --device cpu.")
+        print(NO_GPU)
         return 2
     torch.set_grad_enabled(False)
     timesteps = schedule(options.stride)
@@ -355,9 +332,8 @@ def main() -> int:
     for name in MODELS[options.device]:
         if not options.model or name in options.model:
             rows += measure(name, options.device, options.runs, timesteps)
-    threads = f"{hardware()['cpu']}, {torch.get_num_threads()} threads"
     result = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else threads,
+        "device": name_of(options.device),
         "hardware": hardware(),
         "versions": versions(["torch", "triton", "diffusers"]),
         "commit": commit(),

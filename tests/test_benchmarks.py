@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -16,8 +17,8 @@ from trace_sdk.backbones.tap import SelfAttention
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+def script(file: str, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -25,13 +26,14 @@ def script(name: str) -> ModuleType:
     return module
 
 
-kernels, teacher = script("kernels"), script("teacher")
+on_device = script("on_device.py", "on_device")  # by this name the scripts import it
+kernels, teacher = script("kernels.py", "benchmark_kernels"), script("teacher.py", "benchmark_teacher")
 TINY = kernels.Case("tiny", (16, 16), 2, 16, text=3)
 PEAKS = kernels.Peaks(flops=1e9, exponentials=1e8, bandwidth=1e9)
 
 
 def test_every_way_is_timed_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "memory_on_cpu", lambda case, way: 1.0)
+    monkeypatch.setattr(kernels, "peak_on_cpu", lambda *_: 1.0)
     with torch.no_grad():
         rows = kernels.measure(TINY, "cpu", 2, PEAKS, [way for way in kernels.WAYS if way != "torch.compile"])
     assert rows[0]["way"] == kernels.BASELINE and not any("trouble" in row for row in rows)
@@ -45,9 +47,16 @@ def test_every_way_is_timed_and_checked(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_memory_is_of_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that holds 64 MiB raises the resident set by about as much, whatever was held before."""
+    monkeypatch.syspath_prepend(FOLDER)
+    peak = on_device.peak_on_cpu(functools.partial(functools.partial, torch.ones), 2**24)
+    assert 50 <= peak <= 90
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.WAYS, "kernels: map", lambda x: 2 * kernels.hook(x))
-    monkeypatch.setattr(kernels, "memory_on_cpu", lambda case, way: 1.0)
+    monkeypatch.setattr(kernels, "peak_on_cpu", lambda *_: 1.0)
     with torch.no_grad():
         _, row = kernels.measure(TINY, "cpu", 1, PEAKS, [kernels.BASELINE, "kernels: map"])
     assert row["trouble"] == "wrong, so not timed" and "warm_ms" not in row
@@ -82,7 +91,7 @@ def test_full_size_models_show_the_attention_they_promise(name: str) -> None:
 
 def test_hooks_and_kernels_agree_on_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(teacher.MODELS["cpu"], "trace-small-512", lambda device: teacher.pixel(device, 64))
-    monkeypatch.setattr(teacher, "memory", lambda *_: 1.0)
+    monkeypatch.setattr(teacher, "peak_on_cpu", lambda *_: 1.0)
     monkeypatch.setattr(sys, "argv", ["t", "--device", "cpu", "--stride", "400", "--runs", "1", "-o", str(tmp_path)])
     assert teacher.main() == 0
     torch.set_grad_enabled(True)
