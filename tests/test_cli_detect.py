@@ -133,7 +133,7 @@ def test_info(tiny_engine: Path) -> None:
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(main, ["--help"]).stdout
-    for verb in ("detect", "info", "pretrain", "label", "distill", "export", "evaluate"):
+    for verb in ("detect", "info", "pretrain", "label", "distill", "export", "benchmark", "evaluate"):
         assert f"  {verb} " in text
     text = CliRunner().invoke(main, ["detect", "--help"]).stdout
     assert "Examples:" in text and "Exit code:" in text and "130" in text

@@ -21,7 +21,7 @@ from trace_sdk.engines import open_engine
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
-from trace_sdk.network_input import fit
+from trace_sdk.network_input import fit, padded_length
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -206,8 +206,7 @@ class EdgeDetector:
         return _Prepared(picture, pixels, height, width, timings)
 
     def _padded(self, length: int) -> int:
-        step = self._manifest.multiple_of
-        fitting = max(-(-length // step) * step, self._manifest.min_size)
+        fitting = padded_length(length, self._manifest.multiple_of, self._manifest.min_size)
         return next((side for side in self.buckets if side >= fitting), fitting)
 
     def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:
