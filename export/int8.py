@@ -85,10 +85,7 @@ def quantise(
         ArgumentError: fewer than two photos, or an unknown calibration.
         ParityError: no layer can be 8-bit within the limit.
     """
-    if calibration not in CALIBRATIONS:
-        raise ArgumentError(f"calibration={calibration!r} is not one of {', '.join(CALIBRATIONS)}.")
-    if len(photos) < 2:
-        raise ArgumentError("8-bit export needs at least 2 photos: some to calibrate on, others to measure. Give 20.")
+    check(photos, calibration)
     measured = photos[::5]
     calibrating = [photo for number, photo in enumerate(photos) if number % 5]
     model = onnx.shape_inference.infer_shapes(model)
@@ -126,6 +123,14 @@ def quantise(
             )
         kept = {layer: harm[layer] for layer in worst_first[:enough]}
     return Quantised(best, calibration, len(calibrating), len(measured), len(layers), kept, change)
+
+
+def check(photos: Sequence[object], calibration: str) -> None:
+    """Raises ArgumentError as `quantise` would, before minutes of other work."""
+    if calibration not in CALIBRATIONS:
+        raise ArgumentError(f"calibration={calibration!r} is not one of {', '.join(CALIBRATIONS)}.")
+    if len(photos) < 2:
+        raise ArgumentError("8-bit export needs at least 2 photos: some to calibrate on, others to measure. Give 20.")
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.export import Dim
 from trace_sdk.export.graph import EngineGraph
-from trace_sdk.export.int8 import quantise
+from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.report import ExportReport
 from trace_sdk.export.verify import PARITY_LIMIT_INT8, SHAPES, answers, measure_change, open_session, verify
@@ -79,6 +79,8 @@ def export_onnx(
         raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
     if (precision == "int8") != bool(photos):
         raise ArgumentError("int8 needs photos to calibrate on, and only int8 takes them (--calibrate PHOTOS/).")
+    if precision == "int8":
+        check(photos, calibration)
     weights = 4 * sum(value.numel() for value in student.parameters())
     if weights > LARGEST:
         raise EngineError(
