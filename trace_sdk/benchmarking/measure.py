@@ -86,8 +86,8 @@ def benchmark(
                 on_step(name)
     for name, task in tasks.items():
         if name not in report.missing:
-            engine = task.get("engine")
-            report.rows.append(Row(name, known.get(engine), cold[name], outcomes[name], changes.get(engine)))
+            given = task.get("engine", "")
+            report.rows.append(Row(name, known.get(given), cold[name], outcomes[name], changes.get(given)))
     report.finish()
     return report
 
@@ -124,11 +124,11 @@ def _answers_checked(
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Each engine → mean difference of its probability from the first one's, and its info. Speed comes after."""
     changes, known, first = {}, {}, None
-    for engine in map(os.fspath, engines):
+    for engine in engines:
         edges = EdgeDetector(engine, device="cpu", size=size).run(photo)
         first = edges if first is None else first
-        changes[engine] = float(np.abs(edges.probability - first.probability).mean())
-        known[engine] = edges.info
+        changes[os.fspath(engine)] = float(np.abs(edges.probability - first.probability).mean())
+        known[os.fspath(engine)] = edges.info
     return changes, known
 
 

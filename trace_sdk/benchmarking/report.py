@@ -60,7 +60,7 @@ class Row:
     @property
     def differ(self) -> float:
         """Largest difference between the rounds' medians, as a part of their median."""
-        medians = [median(one["milliseconds"]) for one in self.rounds]
+        medians = [float(median(one["milliseconds"])) for one in self.rounds]
         return (max(medians) - min(medians)) / median(medians)
 
     def stage(self, name: str) -> float | None:
@@ -80,7 +80,7 @@ class Row:
 
     def memory(self, batch: int | None = None) -> float:
         """Peak resident memory of the process up to that batch, MiB; None: single answers only."""
-        return max(one["peak_memory"][str(batch or "single")] for one in self.rounds) / 2**20
+        return max(int(one["peak_memory"][str(batch or "single")]) for one in self.rounds) / 2**20
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

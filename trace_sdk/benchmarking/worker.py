@@ -75,10 +75,12 @@ def _warm(task: dict[str, Any]) -> dict[str, Any]:
         "peak_memory": {"single": peak_memory()},
         "images_per_second": {},
     }
-    for batch in task["batches"] if many else []:
+    if many is None:
+        return outcome
+    for batch in task["batches"]:
         images = [photos[number % len(photos)] for number in range(max(2 * batch, 8))]
         start = time.perf_counter()
-        count = sum(1 for _ in many(images, batch))
+        count = len([1 for _ in many(images, batch)])
         outcome["images_per_second"][str(batch)] = count / (time.perf_counter() - start)
         outcome["peak_memory"][str(batch)] = peak_memory()
     return outcome
