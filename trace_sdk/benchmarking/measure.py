@@ -33,7 +33,10 @@ _NEEDS = {
     "Canny (scikit-image)": ("skimage", "pip install 'trace-sdk[evaluate]'"),
     "Canny (OpenCV)": ("cv2", "pip install opencv-python-headless"),
 }
-_NOT_HERE = {"structured forests": "model file not available", "teacher": "trace-sdk label reports its own times"}
+_NOT_HERE = {
+    "structured forests": "model file not available",
+    "teacher": "is no engine; needs torch",
+}
 
 
 def benchmark(

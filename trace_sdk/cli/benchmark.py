@@ -21,7 +21,9 @@ from trace_sdk.cli.console import output, progress
     help="Measure on this photo; repeatable.  [default: one drawn JPEG of 768x512]",
 )
 @click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
-@click.option("--runs", type=click.IntRange(min=1), default=40, show_default=True, help="Answers in a round.")
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=40, show_default=True, help="Answers in a round, or what fits 20 s."
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="To see whether it repeats.")
 @click.option(
     "--batch",

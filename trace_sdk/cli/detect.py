@@ -105,7 +105,7 @@ def command(
     from trace_sdk.detector import EdgeDetector
 
     start = time.perf_counter()
-    detector = EdgeDetector(engine, device=device, size=size, buckets=_numbers(buckets))
+    detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets))
     timings: list[dict[str, float]] = []
     failed = 0
     try:
@@ -153,7 +153,8 @@ def _what_ran(info: dict[str, object], timings: list[dict[str, float]]) -> Itera
         yield f"{stage}: median {median(values):.1f} ms, slowest {values[-1]:.1f} ms"
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def numbers(text: str | None) -> list[int] | None:
+    """`--buckets 256,352` as numbers. Raises click.UsageError."""
     try:
         return [int(part) for part in text.split(",")] if text is not None else None
     except ValueError:
