@@ -13,11 +13,13 @@ def store_weights_in_fp16(model: onnx.ModelProto) -> int:
     """Store large fp32 initializers as fp16 with a Cast to fp32 behind each; arithmetic stays fp32.
 
     onnxruntime folds the Casts when it loads the engine, so speed is unchanged and the file half as large.
-    Returns the number of initializers changed.
+    Scales of 8-bit layers stay as they are. Returns the number of initializers changed.
     """
     casts, changed = [], 0
+    eight_bit = ("QuantizeLinear", "DequantizeLinear")
+    scales = {name for node in model.graph.node if node.op_type in eight_bit for name in node.input}
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALLEST:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALLEST or tensor.name in scales:
             continue
         name = tensor.name
         half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}.fp16")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def test_one_photo(detect: Detect) -> None:
     assert json.loads(picture.info["trace_sdk"])["engine"] == "tiny"
     (line,) = result.stdout.splitlines()
     assert line.startswith("1 photo → out: median ") and line.endswith(" s (tiny on cpu, size 128)")
+
+
+def test_verbose_lists_what_ran(detect: Detect) -> None:
+    photos("a.png", "b.png")
+    result = detect("a.png", "b.png", "--verbose", "--buckets", "96,128")
+    assert result.exit_code == 0
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines()[:-1])
+    assert said["provider"] == "CPUExecutionProvider" and said["precision"] == "fp32" and int(said["threads"]) >= 1
+    assert said["buckets"] == "96, 128" and said["device_reason"].startswith("auto: ")
+    for stage in ("decode", "resize", "network", "resize_back", "total"):
+        assert re.fullmatch(r"median \d+\.\d ms, slowest \d+\.\d ms", said[stage])
+    assert "buckets: none" in detect("a.png", "--verbose").stdout
+    for wrong, code in (("96,big", 2), ("100", 2), ("", 2)):
+        assert detect("a.png", "--buckets", wrong).exit_code == code
 
 
 def test_folders_keep_their_sub_folders(detect: Detect) -> None:
@@ -133,7 +148,7 @@ def test_info(tiny_engine: Path) -> None:
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(main, ["--help"]).stdout
-    for verb in ("detect", "info", "pretrain", "label", "distill", "export", "evaluate"):
+    for verb in ("detect", "info", "pretrain", "label", "distill", "export", "benchmark", "evaluate"):
         assert f"  {verb} " in text
     text = CliRunner().invoke(main, ["detect", "--help"]).stdout
     assert "Examples:" in text and "Exit code:" in text and "130" in text

@@ -1,5 +1,6 @@
 """The whole line as a user runs it: pretrain → label → distill → export → info → detect, each a command."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -11,15 +12,17 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from trace_sdk.export.graph import EngineGraph
-from trace_sdk.export.onnx import export_onnx
+from trace_sdk.export.int8 import Quantised
+from trace_sdk.export.onnx import _to_onnx, export_onnx
 from trace_sdk.export.precision import store_weights_in_fp16
-from trace_sdk.export.verify import verify
+from trace_sdk.export.report import ExportReport
+from trace_sdk.export.verify import CHANGE_LIMIT, Change, verify
 
 from trace_sdk import EdgeDetector
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
 from trace_sdk.engines import open_engine
-from trace_sdk.errors import ArgumentError, ParityError
+from trace_sdk.errors import ArgumentError, EngineError, ParityError
 from trace_sdk.student.model import Student
 
 
@@ -40,10 +43,24 @@ def student(tiny_backbone: PixelBackbone) -> Student:
 
 
 @pytest.fixture(scope="module")
-def engine(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced(student: Student) -> onnx.ModelProto:
+    """Traced once for the exports with fp16 weights; it takes most of an export's time."""
+    return _to_onnx(EngineGraph(student, half_weights=True))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    student: Student, traced: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ExportReport]:
     file = tmp_path_factory.mktemp("engine") / "tiny.onnx"
-    export_onnx(student, file, name="tiny", default_size=96)
-    return file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trace_sdk.export.onnx._to_onnx", lambda graph: copy.deepcopy(traced))
+        return file, export_onnx(student, file, name="tiny", default_size=96)
+
+
+@pytest.fixture(scope="module")
+def engine(exported: tuple[Path, ExportReport]) -> Path:
+    return exported[0]
 
 
 def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +179,106 @@ def test_wrong_graph_is_refused(engine: Path, student: Student) -> None:
 def test_precision_must_be_known(student: Student, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="precision"):
         export_onnx(student, tmp_path / "x.onnx", name="x", precision="int3")
+
+
+def test_report_of_an_export(exported: tuple[Path, ExportReport], student: Student) -> None:
+    engine, report = exported
+    model = onnx.load(engine)
+    assert report.file_bytes == engine.stat().st_size and report.nodes == len(model.graph.node)
+    assert report.file_bytes < 0.65 * report.float_bytes
+    assert report.sha256 == open_engine(engine, "cpu").sha256
+    assert set(report.parity) == {"1×64×64", "1×128×72", "3×96×160"} and max(report.parity.values()) <= 1e-4
+    assert report.change is not None and 0 < report.change.mean < 0.01 and report.change.edges > 0.9
+    assert report.int8 is None and report.milliseconds > 0 and report.seconds > 0
+
+
+def test_int8_by_command(
+    student: Student,
+    traced: onnx.ModelProto,
+    engine: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trace_sdk.export.onnx._to_onnx", lambda graph: copy.deepcopy(traced))
+    student.save(tmp_path / "student", {})
+    out = tmp_path / "tiny8.onnx"
+    result = run(
+        "export", tmp_path / "student", "-o", out, "--precision", "int8", "--calibrate", photos, "--default-size", 96
+    )
+    assert result.exit_code == 0, result.output
+    for part in ("8-bit layers", "calibration", "edge pixels", "export took"):
+        assert part in result.output
+    report = json.loads((tmp_path / "tiny8.onnx.json").read_text())
+    assert report["precision"] == "int8" and report["change"]["mean"] <= CHANGE_LIMIT
+    assert report["int8"]["calibrated_on"] == 3 and report["int8"]["measured_on"] == 1
+    assert report["hardware"]["cpu"] and report["versions"]["onnxruntime"]
+    assert out.stat().st_size == report["file_bytes"] < 0.75 * engine.stat().st_size
+    types = {node.op_type for node in onnx.load(out).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= types
+
+    small, large = EdgeDetector(out, device="cpu", size=96), EdgeDetector(engine, device="cpu", size=96)
+    assert small.info["precision"] == "int8"
+    for photo in sorted(photos.rglob("*.*")):
+        difference = np.abs(small.run(photo).probability - large.run(photo).probability)
+        assert 0 < difference.mean() <= 2 * CHANGE_LIMIT
+    assert [edges.probability.shape for edges in small.run_batch([photos / "a.png", photos / "b.jpg"])] == [
+        (96, 120)
+    ] * 2
+
+
+def test_8_bits_that_are_far_from_torch_are_not_written(
+    student: Student, traced: onnx.ModelProto, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_sdk.export.onnx._to_onnx", lambda graph: copy.deepcopy(traced))
+    unlike = copy.deepcopy(traced)
+    weight = next(t for t in unlike.graph.initializer if t.name.endswith("decoder.residual.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(-3 * onnx.numpy_helper.to_array(weight), weight.name))
+    made = Quantised(unlike, "entropy", 3, 1, 9, {}, Change(0, 0, 1))
+    monkeypatch.setattr("trace_sdk.export.onnx.quantise", lambda *_, **__: made)
+    pictures = sorted(photos.rglob("*.*"))
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        export_onnx(student, tmp_path / "x.onnx", name="x", precision="int8", photos=pictures, default_size=64)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (("--precision", "int8"), "int8 needs photos"),
+        (("--calibrate", "."), "only int8 takes them"),
+        (("--precision", "int8", "--calibrate", "one"), "at least 2 photos"),
+    ],
+)
+def test_wrong_calibration_is_said_before_tracing(
+    arguments: tuple[str, ...],
+    fragment: str,
+    student: Student,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def traced(graph: object) -> None:
+        raise AssertionError("minutes of tracing before the error")
+
+    monkeypatch.setattr("trace_sdk.export.onnx._to_onnx", traced)
+    monkeypatch.chdir(tmp_path)
+    student.save(tmp_path / "student", {})
+    for name in ("a.png", "one/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
+    result = run("export", "student", "-o", "x.onnx", *arguments)
+    assert result.exit_code == 2 and fragment in result.output
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_student_too_large_for_one_file_is_refused(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_sdk.export.onnx.LARGEST", 1000)
+    with pytest.raises(EngineError, match="one ONNX file holds 2 GB"):
+        export_onnx(student, tmp_path / "x.onnx", name="x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_large_weights_are_stored_in_fp16() -> None:

@@ -18,10 +18,11 @@ from PIL.Image import Resampling
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.engines import open_engine
+from trace_sdk.engines.manifest import Manifest
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
-from trace_sdk.network_input import fit
+from trace_sdk.network_input import fit, padded_length
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -82,6 +83,11 @@ class EdgeDetector:
         self._manifest = self._engine.manifest
         self.size = size or self._manifest.default_size
         self.buckets = self._checked_buckets(buckets) if buckets is not None else ()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the engine says about itself."""
+        return self._manifest
 
     @property
     def info(self) -> dict[str, Any]:
@@ -151,10 +157,16 @@ class EdgeDetector:
         if not self.buckets:
             self.run(np.zeros((self.size, self.size), np.uint8))
             return
+        for height, width in self.bucket_shapes():
+            self._engine.infer(np.zeros((1, height, width, 3), np.uint8))
+
+    def bucket_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of every input that the network can get with `buckets` and `size`; empty without."""
+        if not self.buckets:
+            return []
         longest = min(self._padded(self.size), self.buckets[-1])
-        for side in self.buckets[: self.buckets.index(longest) + 1]:
-            for height, width in {(longest, side), (side, longest)}:
-                self._engine.infer(np.zeros((1, height, width, 3), np.uint8))
+        sides = self.buckets[: self.buckets.index(longest) + 1]
+        return [(side, longest) for side in sides] + [(longest, side) for side in sides[:-1]]
 
     def _checked_buckets(self, buckets: Sequence[int]) -> tuple[int, ...]:
         step, least, most = self._manifest.multiple_of, self._manifest.min_size, self._manifest.max_size
@@ -206,8 +218,7 @@ class EdgeDetector:
         return _Prepared(picture, pixels, height, width, timings)
 
     def _padded(self, length: int) -> int:
-        step = self._manifest.multiple_of
-        fitting = max(-(-length // step) * step, self._manifest.min_size)
+        fitting = padded_length(length, self._manifest.multiple_of, self._manifest.min_size)
         return next((side for side in self.buckets if side >= fitting), fitting)
 
     def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:

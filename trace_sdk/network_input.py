@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 from PIL.Image import Resampling
 
 
+def padded_length(length: int, multiple_of: int, min_size: int) -> int:
+    """The next length that a network takes, pixels; `min_size` is a multiple of `multiple_of`."""
+    return max(-(-length // multiple_of) * multiple_of, min_size)
+
+
 def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tuple[NDArray[np.uint8], int, int]:
     """Scale the longest side to `size` pixels, then lengthen each side to what `padded` makes of it.
 

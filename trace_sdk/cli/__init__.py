@@ -17,6 +17,8 @@ _VERBS = {
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
     "distill": "Train the one-step student on a backbone and the teacher's labels.",
     "export": "Turn a student into one engine file and check its answers against torch.",
+    "benchmark": "Measure latency, throughput and memory of engines on this machine.",
+    "deploy": "Write the folder that an inference server loads (Triton).",
     "evaluate": "Measure engines and baselines against human annotations, in one table.",
 }
 

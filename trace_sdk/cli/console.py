@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trace_sdk.errors import ArgumentError, TraceError
@@ -110,3 +111,25 @@ def _lines(description: str, total: int, done: int) -> Iterator[Advance]:
             errors.print(line, markup=False, soft_wrap=True)
 
     yield advance
+
+
+@contextmanager
+def status(description: str) -> Iterator[Callable[[str], None]]:
+    """For work of unknown length: what is being done, on one line that changes, or a line every 30 s in a log.
+
+    with status("export") as note:
+        note("tracing the graph")
+    """
+    last = time.monotonic()
+
+    def line(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_LINE_EVERY:
+            last = time.monotonic()
+            errors.print(f"{description}: {text}", markup=False, soft_wrap=True)
+
+    if not errors.is_terminal:
+        yield line
+        return
+    with errors.status(description) as spinner:
+        yield lambda text: spinner.update(f"{description}: {escape(text)}")

@@ -53,6 +53,12 @@ class _Job:
     help="Longest side that the network sees, in pixels. Larger finds smaller things and takes longer.  "
     "[default: the engine's own]",
 )
+@click.option(
+    "--buckets",
+    metavar="N,N,...",
+    help="The only lengths that a side of the network's input may have, in pixels; photos are padded to them.",
+)
+@click.option("--verbose", is_flag=True, help="Also list what ran: provider, threads, precision, time by stage.")
 def command(
     photos: tuple[str, ...],
     out: Path,
@@ -61,6 +67,8 @@ def command(
     engine: str | None,
     device: str,
     size: int | None,
+    buckets: str | None,
+    verbose: bool,
 ) -> None:
     """Find the instance edges of photos.
 
@@ -97,8 +105,8 @@ def command(
     from trace_sdk.detector import EdgeDetector
 
     start = time.perf_counter()
-    detector = EdgeDetector(engine, device=device, size=size)
-    milliseconds: list[float] = []
+    detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets))
+    timings: list[dict[str, float]] = []
     failed = 0
     try:
         with progress("detect", total=len(jobs)) as advance:
@@ -113,12 +121,16 @@ def command(
                     if overlay:
                         with write_whole(out / f"{job.name}.overlay.jpg") as file:
                             edges.overlay().save(file, "JPEG", quality=92)
-                    milliseconds.append(edges.info["timings"]["total"])
+                    timings.append(edges.info["timings"])
                 advance(note=job.photo.name)
     except KeyboardInterrupt:
-        errors.print(f"{len(milliseconds)} of {len(jobs)} photos done, each whole.")
+        errors.print(f"{len(timings)} of {len(jobs)} photos done, each whole.")
         raise
     seconds = time.perf_counter() - start
+    if verbose:
+        for line in _what_ran(detector.info, timings):
+            output.print(line, markup=False, soft_wrap=True)
+    milliseconds = [one["total"] for one in timings]
     output.print(_summary(milliseconds, failed, seconds, out, detector.info), markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
@@ -130,6 +142,23 @@ def _summary(milliseconds: list[float], failed: int, seconds: float, out: Path, 
     speed = f"median {median(milliseconds):.0f} ms, " if milliseconds else ""
     where = f"{info['engine']} on {info['device']}, size {info['size']}"
     return f"{count} → {out}{trouble}: {speed}total {seconds:.1f} s ({where})"
+
+
+def _what_ran(info: dict[str, object], timings: list[dict[str, float]]) -> Iterator[str]:
+    """`name: value` of everything in `info`, then of each stage over the photos."""
+    for name, value in info.items():
+        yield f"{name}: {', '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
+    for stage in timings[0] if timings else ():
+        values = sorted(one[stage] for one in timings)
+        yield f"{stage}: median {median(values):.1f} ms, slowest {values[-1]:.1f} ms"
+
+
+def numbers(text: str | None) -> list[int] | None:
+    """`--buckets 256,352` as numbers. Raises click.UsageError."""
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else None
+    except ValueError:
+        raise click.UsageError(f"--buckets {text}: give whole numbers of pixels, for example 256,352,448") from None
 
 
 def _found(arguments: Iterable[str]) -> list[_Job]:

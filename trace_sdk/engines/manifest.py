@@ -37,7 +37,7 @@ class Manifest:
         opset: ONNX operator set.
         producers: package → version of what made the file.
         quality: figures measured for this engine.
-        parity: largest differences from torch, measured at export.
+        parity: differences from torch, measured at export: largest; for int8 mean.
         licence: SPDX name of the licence of the weights.
         created: ISO 8601 date and time, UTC.
         commit: git commit that exported it.

@@ -1,0 +1,102 @@
+"""The model repository; a real Triton Inference Server was asked by hand, see docs/deployment.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from trace_sdk import EdgeDetector
+from trace_sdk.cli import main
+from trace_sdk.engines import open_engine
+from trace_sdk.errors import ArgumentError, EngineError, OutputError
+from trace_sdk.serving import triton
+from trace_sdk.serving.triton import write_repository
+
+MakeEngine = Callable[..., bytes]
+
+
+def parameters(text: str) -> dict[str, str]:
+    return dict(re.findall(r'parameters \{ key: "(\w+)", value: \{ string_value: "([^"]*)" \} \}', text))
+
+
+def test_the_repository_holds_the_sealed_engine_and_its_configuration(tiny_engine: Path, tmp_path: Path) -> None:
+    model = write_repository(tiny_engine, tmp_path / "models", max_batch=4)
+    assert model == tmp_path / "models/tiny"
+    assert sorted(p.relative_to(model).as_posix() for p in model.rglob("*")) == ["1", "1/model.onnx", "config.pbtxt"]
+    assert (model / "1/model.onnx").read_bytes() == tiny_engine.read_bytes()
+    text = (model / "config.pbtxt").read_text()
+    for line in ('name: "tiny"', 'backend: "onnxruntime"', "max_batch_size: 4", "dynamic_batching {"):
+        assert line in text.splitlines()
+    assert text.count("{") == text.count("}") and text.count("[") == text.count("]")
+    assert parameters(text) == {
+        "multiple_of": "8", "min_size": "16", "max_size": "1024", "default_size": "128", "buckets": "",
+        "threshold": "0.4", "sha256": open_engine(tiny_engine, "cpu").sha256,
+    }  # fmt: skip
+    assert "model_warmup" not in text
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny"], "something was left behind"
+
+
+def test_each_bucket_shape_is_warmed(tiny_engine: Path, tmp_path: Path) -> None:
+    text = (write_repository(tiny_engine, tmp_path, buckets=[64, 96, 128]) / "config.pbtxt").read_text()
+    warmed = re.findall(r'model_warmup.*name: "(\d+)x(\d+)".*dims: \[(\d+), (\d+), 3\]', text)
+    assert all(shape[:2] == shape[2:] for shape in warmed)
+    expected = {(64, 128), (96, 128), (128, 128), (128, 64), (128, 96)}
+    assert {(int(height), int(width)) for height, width, *_ in warmed} == expected and len(warmed) == 5
+    assert expected == set(EdgeDetector(tiny_engine, buckets=[64, 96, 128]).bucket_shapes())
+    assert parameters(text)["buckets"] == "64,96,128"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "message"),
+    [
+        ({}, {"max_batch": 0}, ArgumentError, "max_batch=0"),
+        ({}, {"buckets": [60]}, ArgumentError, "multiples of 8"),
+        ({"name": "../up"}, {}, ArgumentError, "cannot name a model"),
+        ({"name": 'a" b'}, {}, ArgumentError, "cannot name a model"),
+    ],
+)
+def test_bad_requests(
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    make_engine: MakeEngine,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "e.onnx").write_bytes(make_engine(**changes))
+    with pytest.raises(error, match=message):
+        write_repository(tmp_path / "e.onnx", tmp_path / "models", **options)
+    assert not (tmp_path / "models").exists()
+
+
+def test_nothing_is_overwritten_or_left_half_written(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_repository(tiny_engine, tmp_path / "a")
+    with pytest.raises(OutputError, match="exists already"):
+        write_repository(tiny_engine, tmp_path / "a")
+
+    def full(*_: object) -> None:
+        raise OutputError("disk full")
+
+    monkeypatch.setattr(triton, "write_text", full)
+    with pytest.raises(OutputError, match="disk full"):
+        write_repository(tiny_engine, tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
+    with pytest.raises(EngineError):
+        write_repository(tmp_path / "missing.onnx", tmp_path / "b")
+
+
+def test_command(tiny_engine: Path, tmp_path: Path) -> None:
+    arguments = ["deploy", "triton", f"{tmp_path}/models", "--engine", f"{tiny_engine}", "--buckets", "64,128"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0 and f"tritonserver --model-repository={tmp_path}/models" in done.output
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1 and "exists already" in again.stderr and "Traceback" not in again.output
+    assert "Examples:" in CliRunner().invoke(main, ["deploy", "triton", "--help"]).stdout
+    assert CliRunner().invoke(main, ["deploy", "triton", f"{tmp_path}/x", "--buckets", "a"]).exit_code == 2

@@ -1,0 +1,184 @@
+"""How long answers take and what they cost: engines on every device found, beside baselines.
+
+Each method runs in processes of its own, so that its cold start and its memory are its own. Rounds go over all
+methods in turn, so that what the machine does beside it shows as a difference between rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from trace_sdk.benchmarking.report import SECONDS, Report, Row
+from trace_sdk.detector import EdgeDetector
+from trace_sdk.errors import ArgumentError, EngineError
+
+COLD_STARTS = 5
+BATCHES = (1, 2, 4, 8)
+DRAWN_SIZE = (768, 512)
+
+# What each baseline imports, and the line that installs it.
+_NEEDS = {
+    "Canny (scikit-image)": ("skimage", "pip install 'trace-sdk[evaluate]'"),
+    "Canny (OpenCV)": ("cv2", "pip install opencv-python-headless"),
+}
+_NOT_HERE = {
+    "structured forests": "model file not available",
+    "teacher": "is no engine; needs torch",
+}
+
+
+def benchmark(
+    engines: Sequence[str | os.PathLike[str]],
+    photos: Sequence[str | os.PathLike[str]] = (),
+    *,
+    size: int | None = None,
+    runs: int = 40,
+    rounds: int = 3,
+    batches: Sequence[int] = BATCHES,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> Report:
+    """Measure engines on each device found here, and the baselines that are installed.
+
+    Args:
+        engines: bundled names or paths.
+        photos: files, taken in turn; none: one drawn JPEG of 768x512.
+        size: longest side that the networks see, pixels; None: each engine's default.
+        runs: single answers in a round, after 3 that don't count; a slow method gets fewer, what fits 20 s.
+        rounds: how often all of it is repeated.
+        batches: sizes for the throughput of `EdgeDetector.stream`.
+        on_step: told the method's name after each of `steps(...)`.
+
+    Raises:
+        EngineError, ImageError: an engine or a photo is no good; found out before anything is timed.
+        ArgumentError: no engine, the same one twice, or a number below 1.
+    """
+    _check(engines, runs, rounds, batches)
+    with _files(photos) as files:
+        changes, known = _answers_checked(engines, files[0], size)
+        tasks: dict[str, dict[str, Any]] = {}
+        for engine, label in _labels(known).items():
+            for device in devices():
+                tasks[f"{label} on {device}"] = {"engine": engine, "device": device, "size": size}
+        tasks |= {name: {"baseline": name} for name in installed_baselines()}
+        missing = {name: f"not installed: {line}" for name, (module, line) in _NEEDS.items() if not find_spec(module)}
+        report = Report(runs=runs, rounds=rounds, photos=len(files), missing={**missing, **_NOT_HERE})
+        outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+        cold: dict[str, list[dict[str, float]]] = {name: [] for name in tasks}
+        for _ in range(COLD_STARTS):
+            for name, task in tasks.items():
+                if name not in report.missing:
+                    _keep(cold[name], report, name, _cold_start(task, files))
+                on_step(name)
+        for _ in range(rounds):
+            for name, task in tasks.items():
+                if name not in report.missing:
+                    warm = {"cold": False, "runs": runs, "seconds": SECONDS, "batches": list(batches)}
+                    _keep(outcomes[name], report, name, _in_a_process({**task, **warm, "photos": files}))
+                on_step(name)
+    for name, task in tasks.items():
+        if name not in report.missing:
+            given = task.get("engine", "")
+            report.rows.append(Row(name, known.get(given), cold[name], outcomes[name], changes.get(given)))
+    report.finish()
+    return report
+
+
+def steps(engines: int, rounds: int) -> int:
+    """How often `benchmark` calls `on_step`."""
+    return (engines * len(devices()) + len(installed_baselines())) * (COLD_STARTS + rounds)
+
+
+def devices() -> list[str]:
+    """The devices that onnxruntime says it has; a device that does not start is reported as not measured."""
+    import onnxruntime
+
+    from trace_sdk.engines.onnx import CUDA
+
+    return ["cpu", *(["cuda"] if CUDA in onnxruntime.get_available_providers() else [])]
+
+
+def installed_baselines() -> list[str]:
+    """Names of the baselines that can run here."""
+    return [name for name, (module, _) in _NEEDS.items() if find_spec(module)]
+
+
+def _check(engines: Sequence[object], runs: int, rounds: int, batches: Sequence[int]) -> None:
+    if not engines or len(set(map(str, engines))) < len(engines):
+        raise ArgumentError("Give at least one engine, and each only once.")
+    for name, values in {"runs": [runs], "rounds": [rounds], "batches": batches}.items():
+        if not values or min(values) < 1:
+            raise ArgumentError(f"{name} must be at least 1; got {', '.join(map(str, values)) or 'none'}.")
+
+
+def _answers_checked(
+    engines: Sequence[str | os.PathLike[str]], photo: str, size: int | None
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Each engine → mean difference of its probability from the first one's, and its info. Speed comes after."""
+    changes, known, first = {}, {}, None
+    for engine in engines:
+        edges = EdgeDetector(engine, device="cpu", size=size).run(photo)
+        first = edges if first is None else first
+        changes[os.fspath(engine)] = float(np.abs(edges.probability - first.probability).mean())
+        known[os.fspath(engine)] = edges.info
+    return changes, known
+
+
+def _labels(known: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Engine as it was given → its own name and precision, or as it was given where two say the same."""
+    said = {engine: f"{info['engine']} {info['precision']}" for engine, info in known.items()}
+    return {engine: label if list(said.values()).count(label) == 1 else engine for engine, label in said.items()}
+
+
+@contextmanager
+def _files(photos: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
+    """The photos, or one that is drawn: coloured blobs with grain, a JPEG like a camera's in size and weight."""
+    if photos:
+        yield [os.fspath(photo) for photo in photos]
+        return
+    rng = np.random.default_rng(0)
+    rough = PIL.Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8))
+    drawn = np.asarray(rough.resize(DRAWN_SIZE)) + rng.normal(0, 8, (*DRAWN_SIZE[::-1], 3))
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/drawn.jpg"
+        PIL.Image.fromarray(np.clip(drawn, 0, 255).astype(np.uint8)).save(file, quality=90)
+        yield [file]
+
+
+def _cold_start(task: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    """Seconds from starting Python to the first answer, and its parts."""
+    start = time.time()
+    outcome = _in_a_process({**task, "cold": True, "photos": files})
+    if "error" not in outcome:
+        outcome["total"] = outcome.pop("answered_at") - start
+    return outcome
+
+
+def _in_a_process(task: dict[str, Any]) -> dict[str, Any]:
+    """What the worker answers. Raises EngineError if it dies."""
+    command = [sys.executable, "-m", "trace_sdk.benchmarking.worker"]
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        name = task.get("engine", task.get("baseline"))
+        raise EngineError(f"{name}: its process ended with code {done.returncode} ({last}). Is there enough memory?")
+    outcome: dict[str, Any] = json.loads(done.stdout)
+    return outcome
+
+
+def _keep(outcomes: list[dict[str, Any]], report: Report, name: str, outcome: dict[str, Any]) -> None:
+    if "error" in outcome:
+        report.missing[name] = outcome["error"]
+    else:
+        outcomes.append(outcome)

@@ -1,0 +1,43 @@
+"""`trace-sdk deploy`: folders that inference servers load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trace_sdk.cli.console import output
+from trace_sdk.cli.detect import numbers
+
+
+@click.group("deploy", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Write what an inference server loads."""
+
+
+@command.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option("--max-batch", default=8, show_default=True, help="The most photos that go through the engine together.")
+@click.option(
+    "--buckets",
+    metavar="N,N,...",
+    help="Lengths of sides that clients pad to, in pixels; the server runs each shape once before it is ready.",
+)
+def triton(folder: Path, engine: str | None, max_batch: int, buckets: str | None) -> None:
+    """Write a model repository for the Triton Inference Server (onnxruntime backend) into DIR.
+
+    \b
+    Examples:
+      trace-sdk deploy triton models/
+      trace-sdk deploy triton models/ --engine mine.onnx --buckets 256,352,448
+      tritonserver --model-repository=models/
+
+    Requests of one shape are batched. A client pads its photo as the model's parameters say; examples/triton has one.
+    """
+    from trace_sdk.serving.triton import write_repository
+
+    written = write_repository(engine, folder, max_batch=max_batch, buckets=numbers(buckets))
+    output.print(
+        f"Written: {written}. Serve it: tritonserver --model-repository={folder}", markup=False, soft_wrap=True
+    )

@@ -1,0 +1,99 @@
+"""A model repository for the Triton Inference Server: the engine file and a config.pbtxt beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.detector import EdgeDetector
+from trace_sdk.engines import read_engine
+from trace_sdk.errors import ArgumentError, OutputError
+
+QUEUE_DELAY = 2000  # µs that a request may wait for others of its shape
+QUEUE_LENGTH = 256  # requests that may wait; more are refused at once
+
+
+def write_repository(
+    engine: str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str],
+    *,
+    max_batch: int = 8,
+    buckets: Sequence[int] | None = None,
+) -> Path:
+    """Write FOLDER/NAME/1/model.onnx and FOLDER/NAME/config.pbtxt for the onnxruntime backend.
+
+    Clients send `image` uint8 [batch, height, width, 3] RGB, sides padded as the parameters in the configuration say
+    (multiple_of, min_size, max_size, buckets), and get `edge_probability` float32 [batch, height, width]. The server
+    batches requests of one shape, and runs on a GPU where it has one.
+
+    Args:
+        engine: a path, a bundled name, or None for "trace-small"; its seal is checked.
+        max_batch: the most pictures that go through the engine together.
+        buckets: lengths of sides that clients will pad to, as in `EdgeDetector`; the server runs each shape once
+            before it says that it is ready.
+
+    Returns:
+        FOLDER/NAME.
+
+    Raises:
+        EngineError: missing, corrupt or foreign engine.
+        ArgumentError: `max_batch` below 1, wrong `buckets`, or the engine's name cannot name a folder.
+        OutputError: FOLDER/NAME exists, or cannot be written.
+    """
+    if max_batch < 1:
+        raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
+    detector = EdgeDetector(engine, device="cpu", buckets=buckets)
+    model, source = read_engine(engine)
+    name = str(detector.info["engine"])
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ArgumentError(
+            f"{source}: its name {name!r} cannot name a model. Export it with --name LETTERS-AND-DIGITS."
+        )
+    target = Path(folder, name)
+    if target.exists():
+        raise OutputError(f"{target} exists already. Remove it, or give another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The server may watch the folder: the model appears in it whole.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
+        made = Path(building, name)
+        write_bytes(made / "1/model.onnx", model)
+        write_text(made / "config.pbtxt", configuration(detector, max_batch))
+        made.rename(target)
+    return target
+
+
+def configuration(detector: EdgeDetector, max_batch: int) -> str:
+    """The config.pbtxt for an engine, protobuf text of Triton's ModelConfig."""
+    info, manifest = detector.info, detector.manifest
+    parameters = {
+        "multiple_of": manifest.multiple_of,
+        "min_size": manifest.min_size,
+        "max_size": manifest.max_size,
+        "default_size": manifest.default_size,
+        "buckets": ",".join(map(str, detector.buckets)),
+        "threshold": manifest.threshold,
+        "sha256": info["engine_sha256"],
+    }
+    lines = [
+        f'name: "{info["engine"]}"',
+        'backend: "onnxruntime"',
+        f"max_batch_size: {max_batch}",
+        'input [{ name: "image", data_type: TYPE_UINT8, dims: [-1, -1, 3] }]',
+        'output [{ name: "edge_probability", data_type: TYPE_FP32, dims: [-1, -1] }]',
+        "instance_group [{ count: 1 }]",
+        "dynamic_batching {",
+        f"  max_queue_delay_microseconds: {QUEUE_DELAY}",
+        f"  default_queue_policy {{ max_queue_size: {QUEUE_LENGTH} }}",
+        "}",
+    ]
+    for height, width in detector.bucket_shapes():
+        image = f'{{ key: "image", value: {{ data_type: TYPE_UINT8, dims: [{height}, {width}, 3], zero_data: true }} }}'
+        lines.append(f'model_warmup [{{ name: "{height}x{width}", batch_size: 1, inputs: {image} }}]')
+    lines += [
+        f'parameters {{ key: "{key}", value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
+    ]
+    return "\n".join([*lines, ""])
