@@ -94,12 +94,14 @@ class EdgeMap:
         if isinstance(least, bool) or not isinstance(least, (int, np.integer)) or least < 0:
             raise ArgumentError(f"min_area={min_area!r} must be a whole number of pixels, 0 or more.")
         with _needs_extra():
+            from trace_sdk.instances.hierarchy import enlarge
             from trace_sdk.instances.result import Instances
 
             hierarchy = self.hierarchy
         regions, scores = hierarchy.cut(cut_at, least)
         made_with = {**self.info, "threshold": float(cut_at), "min_area": int(least)}
-        return Instances((regions + np.int32(1))[hierarchy.pieces], scores.astype(np.float32), self.rgb, made_with)
+        labels = enlarge((regions + np.int32(1))[hierarchy.pieces], self.probability.shape)
+        return Instances(labels, scores.astype(np.float32), self.rgb, made_with)
 
     @cached_property
     def hierarchy(self) -> Hierarchy:

@@ -28,8 +28,8 @@ class Hierarchy:
     """Nested partitions of one picture.
 
     Attributes:
-        pieces: int32 [H, W], the finest partition, 0 … R − 1, each piece connected.
-        areas: int64 [R], pixels.
+        pieces: int32 [h, w], the finest partition, 0 … R − 1, each piece connected; at working size, see `enlarge`.
+        areas: float64 [R], pixels of the picture.
         borders: int32 [M, 2], neighbouring pieces, each pair once.
         lengths: float64 [M], pixel pairs along each border.
         totals: float64 [M], edge probability summed over those pairs (of a pair the larger).
@@ -38,7 +38,7 @@ class Hierarchy:
     """
 
     pieces: NDArray[np.int32]
-    areas: NDArray[np.int64]
+    areas: NDArray[np.float64]
     borders: NDArray[np.int32]
     lengths: NDArray[np.float64]
     totals: NDArray[np.float64]
@@ -111,17 +111,15 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     Args:
         probability: float32 [H, W] in [0, 1].
         seen: longest side that the network saw, pixels, where it was less than the map's: finer detail than that
-            is only enlargement, so pieces are found at about this size. Never above WORKING. Borders are then
-            placed at full size between the nearest pieces.
+            is only enlargement, so pieces are found at about this size. Never above WORKING.
     """
     step = max(1, round(max(probability.shape) / min(seen or WORKING, WORKING)))
     edges = _block_maxima(probability, step)
     found = _find_pieces(edges)
     pairs, lengths, totals = _find_borders(found, edges)
     merges, heights = _merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
-    pieces = _enlarge(found, step, probability.shape)
-    areas = np.bincount(pieces.ravel(), minlength=int(found.max()) + 1)
-    return Hierarchy(pieces, areas, pairs, lengths, totals, merges, heights)
+    areas = np.bincount(found.ravel()) * (probability.size / found.size)
+    return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
 
 
 def _block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
@@ -210,30 +208,32 @@ def _components(links: NDArray[np.int32], count: int) -> NDArray[np.int32]:
     return np.asarray(connected_components(graph, directed=False)[1], np.int32)
 
 
-def _enlarge(pieces: NDArray[np.int32], step: int, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Pieces at full size: nearest, and along borders the one with the most bilinear weight, so no blocks show."""
-    if step == 1:
-        return pieces
+def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """A map of regions at working size → at full size, int32 `shape`.
+
+    The nearest region; along borders the one with the most bilinear weight, so that no blocks show.
+    """
     height, width = shape
-    full = np.repeat(np.repeat(pieces, step, axis=0)[:height], step, axis=1)[:, :width]
-    full = np.ascontiguousarray(full)
-    rows, columns = pieces.shape
-    framed = np.pad(pieces, 1, mode="edge")
-    corner = np.zeros((rows + 1, columns + 1), np.bool_)  # four pieces meet at (i, j)'s upper left corner
-    for down, right in ((0, 1), (1, 0), (1, 1)):
-        corner |= framed[down : rows + 1 + down, right : columns + 1 + right] != framed[: rows + 1, : columns + 1]
-    mixed = corner[:-1, :-1] | corner[:-1, 1:] | corner[1:, :-1] | corner[1:, 1:]
-    block_y, block_x = np.nonzero(mixed)
-    within = np.arange(step)
-    y = (block_y[:, None, None] * step + within[:, None]).repeat(step, axis=2).ravel()
-    x = (block_x[:, None, None] * step + within).repeat(step, axis=1).ravel()
-    kept = (y < height) & (x < width)
-    y, x = y[kept], x[kept]
-    top, left = (y + 0.5) / step + 0.5, (x + 0.5) / step + 0.5  # in the framed map
-    i, j = top.astype(np.intp), left.astype(np.intp)
-    low, near = (top - i).astype(np.float32), (left - j).astype(np.float32)
-    around = np.stack([framed[i, j], framed[i, j + 1], framed[i + 1, j], framed[i + 1, j + 1]])
-    weights = np.stack([(1 - low) * (1 - near), (1 - low) * near, low * (1 - near), low * near])
-    votes = np.stack([(weights * (around == around[k])).sum(axis=0) for k in range(4)])
-    full[y, x] = around[votes.argmax(axis=0), np.arange(len(y))]
-    return full
+    step = -(-height // regions.shape[0])
+    if step == 1:
+        return regions
+    full = np.repeat(np.repeat(regions, step, axis=0), step, axis=1)
+    rows, columns = regions.shape
+    blocks = full.reshape(rows, step, columns, step)
+    framed = np.pad(regions, 1, mode="edge")
+    low, near = np.arange(rows + 1), np.arange(columns + 1)
+    around = [framed[np.ix_(low + down, near + right)] for down in (0, 1) for right in (0, 1)]
+    mixed = (around[1] != around[0]) | (around[2] != around[0]) | (around[3] != around[0])
+    # A pixel lies between the centres of four blocks, and how far from each depends on its place in its block only.
+    for down, right in np.ndindex(step, step):
+        y, x = (down + 0.5) / step - 0.5, (right + 0.5) / step - 0.5
+        above, left = int(y < 0), int(x < 0)
+        i, j = np.nonzero(mixed[1 - above : rows + 1 - above, 1 - left : columns + 1 - left])
+        four = [corner[i + 1 - above, j + 1 - left] for corner in around]
+        share = np.float32([[1 - y % 1], [y % 1]]) * np.float32([1 - x % 1, x % 1])
+        best, chosen = np.float32(0), four[0]
+        for candidate in four:
+            votes = sum(weight * (corner == candidate) for weight, corner in zip(share.ravel(), four, strict=True))
+            chosen, best = np.where(votes > best, candidate, chosen), np.maximum(votes, best)
+        blocks[i, down, j, right] = chosen
+    return np.ascontiguousarray(full[:height, :width])

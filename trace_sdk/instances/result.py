@@ -6,14 +6,14 @@ import colorsys
 import io
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
-from PIL.ImageFilter import MaxFilter
-from scipy.ndimage import find_objects
+from scipy.ndimage import find_objects, maximum_filter
 from skimage.measure import approximate_polygon, find_contours
 
 from trace_sdk import __version__
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from supervision import Detections
 
 FILL = 0.5  # opacity of the colours over the picture
-PEN = 800  # longest side, in pixels, for each pixel of the pen to either side
+PEN = 800  # longest side, in pixels, for each further pixel of the pen
 _TOLERANCE = 0.5  # how far a polygon may leave the outline, pixels
 _LABELME = "5.5.0"  # version of labelme's format
 
@@ -94,7 +94,7 @@ class Instances:
         firsts = np.searchsorted(flat[starts][order], np.arange(1, len(self) + 2))
         return [
             encode_runs(np.diff(bounds[first:last].ravel(), prepend=0, append=flat.size).tolist(), height, width)
-            for first, last in zip(firsts[:-1], firsts[1:], strict=True)
+            for first, last in pairwise(firsts)
         ]
 
     def to_coco(self, image_id: int = 1, file_name: str | None = None, first_id: int = 1) -> dict[str, Any]:
@@ -180,13 +180,12 @@ class Instances:
                 f"The image is {photo.shape[1]}x{photo.shape[0]}, the instances are "
                 f"{self.labels.shape[1]}x{self.labels.shape[0]}. Pass the image they were found in."
             )
-        colours = _palette(len(self))[self.labels - 1]
-        mixed = np.rint(photo * np.float32(1 - FILL) + colours * np.float32(FILL)).astype(np.uint8)
+        colours = PIL.Image.fromarray(_palette(len(self))[self.labels - 1])
+        mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(photo), colours, FILL))
         border = np.zeros(self.labels.shape, np.uint8)
         border[:, 1:] |= self.labels[:, 1:] != self.labels[:, :-1]
         border[1:] |= self.labels[1:] != self.labels[:-1]
-        pen = PIL.Image.fromarray(border).filter(MaxFilter(2 * round(max(border.shape) / PEN / 2) + 1))
-        mixed[np.asarray(pen) > 0] = 255
+        mixed[maximum_filter(border, round(max(border.shape) / PEN) + 1) > 0] = 255
         return PIL.Image.fromarray(mixed)
 
     def _repr_png_(self) -> bytes:
@@ -223,7 +222,8 @@ def _rings(mask: NDArray[np.bool_], box: tuple[slice, slice]) -> list[NDArray[np
     return rings
 
 
-def _palette(count: int) -> NDArray[np.float32]:
-    """Distinct colours, float32 [count, 3] in 0 … 255: hues by the golden ratio, so neighbours differ."""
+def _palette(count: int) -> NDArray[np.uint8]:
+    """Distinct colours, uint8 [count, 3]: hues by the golden ratio, so that consecutive ones differ."""
     hues = (np.arange(count) * 0.618034) % 1
-    return np.array([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues], np.float32).reshape(-1, 3) * 255
+    colours = np.array([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).reshape(-1, 3)
+    return np.rint(colours * 255).astype(np.uint8)
