@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +26,7 @@ from trace_sdk.images import ImageInput, read_image
 
 if TYPE_CHECKING:
     from trace_sdk.instances.hierarchy import Hierarchy
+    from trace_sdk.instances.propagation import RefinedMasks
     from trace_sdk.instances.result import Instances
 
 OVERLAY_COLOUR = (255, 32, 96)
@@ -88,20 +89,51 @@ class EdgeMap:
             ArgumentError: `threshold` or `min_area` is out of range.
             MissingExtraError: the extra `instances` is not installed.
         """
-        cut_at = self._checked(threshold)
-        pixels = self.probability.size
-        least = max(16, round(pixels * SPECK)) if min_area is None else min_area
-        if isinstance(least, bool) or not isinstance(least, (int, np.integer)) or least < 0:
-            raise ArgumentError(f"min_area={min_area!r} must be a whole number of pixels, 0 or more.")
+        cut_at, least = self._checked(threshold), self._least(min_area)
         with _needs_extra():
             from trace_sdk.instances.hierarchy import enlarge
             from trace_sdk.instances.result import Instances
 
             hierarchy = self.hierarchy
         regions, scores = hierarchy.cut(cut_at, least)
-        made_with = {**self.info, "threshold": float(cut_at), "min_area": int(least)}
+        made_with = {**self.info, "threshold": float(cut_at), "min_area": least}
         labels = enlarge((regions + np.int32(1))[hierarchy.pieces], self.probability.shape)
         return Instances(labels, scores.astype(np.float32), self.rgb, made_with)
+
+    def refine(
+        self, masks: NDArray[Any], scores: Sequence[float] | None = None, *, threshold: float | None = None
+    ) -> RefinedMasks:
+        """Masks of any source, made to agree with the edges: Background-Guided Propagation (paper section 3.5).
+
+        Neighbours in one mask are split, gaps and holes are closed, what spills over an edge is cut off, masks of one
+        thing are merged. The answer doesn't depend on the order of the masks.
+
+        Args:
+            masks: bool [K, H, W], or integers of which 0 is outside; as large as the input, none of them empty.
+            scores: of the masks, K finite numbers; None: all 1.
+            threshold: of the edges that separate, in [0, 1]; None: the engine's own.
+
+        Raises:
+            ArgumentError: masks have another size or dtype, one is empty, `scores` or `threshold` is out of range.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        given = np.asarray(masks)
+        if given.dtype.kind not in "bui" or given.ndim != 3 or given.shape[1:] != self.probability.shape:
+            raise ArgumentError(
+                f"masks are {given.dtype} {list(given.shape)}; expected bool or integers "
+                f"[K, {self.probability.shape[0]}, {self.probability.shape[1]}], as large as the picture."
+            )
+        inside = given.astype(np.bool_, copy=False)
+        if len(empty := np.flatnonzero(~inside.any(axis=(1, 2)))):
+            raise ArgumentError(f"Mask {empty[0]} is empty. Leave out masks without a pixel.")
+        weights = np.ones(len(inside)) if scores is None else np.asarray(scores, np.float64)
+        if weights.shape != (len(inside),) or not np.isfinite(weights).all():
+            raise ArgumentError(f"scores are {scores!r}; expected {len(inside)} finite numbers, one a mask.")
+        cut_at = self._checked(threshold)
+        with _needs_extra():
+            from trace_sdk.instances.propagation import propagate
+
+            return propagate(self.probability, self.hierarchy, cut_at, self._least(None), inside, weights)
 
     @cached_property
     def hierarchy(self) -> Hierarchy:
@@ -110,6 +142,13 @@ class EdgeMap:
 
         seen = self.info.get("network_size")
         return build_hierarchy(self.probability, max(seen) if seen else None)
+
+    def _least(self, min_area: int | None) -> int:
+        if min_area is None:
+            return max(16, round(self.probability.size * SPECK))
+        if isinstance(min_area, bool) or not isinstance(min_area, (int, np.integer)) or min_area < 0:
+            raise ArgumentError(f"min_area={min_area!r} must be a whole number of pixels, 0 or more.")
+        return int(min_area)
 
     def _checked(self, threshold: float | None) -> float:
         if threshold is None:

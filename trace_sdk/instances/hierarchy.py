@@ -59,11 +59,11 @@ class Hierarchy:
         """
         made = int(np.searchsorted(self.heights, threshold))
         count = len(self.areas)
-        before = _components(self.merges[:made], count)
+        before = components(self.merges[:made], count)
         inside = np.zeros(before.max() + 1)
         np.maximum.at(inside, before[self.merges[:made, 0]], self.heights[:made])
 
-        regions = self._without_specks(before, min_area)
+        regions = join_specks(before, self.areas, min_area, self.borders, self.lengths, self.totals)
         size = np.bincount(regions, self.areas)
         place = np.empty(len(size), np.int32)
         place[np.argsort(-size, kind="stable")] = np.arange(len(size), dtype=np.int32)
@@ -76,22 +76,6 @@ class Hierarchy:
         strongest = np.zeros(len(size))
         strongest[owner[by_size]] = inside[by_size]
         return regions, np.clip(self._outline(regions, len(size)) - strongest, 0.0, 1.0)
-
-    def _without_specks(self, regions: NDArray[np.int32], min_area: int) -> NDArray[np.int32]:
-        while True:
-            count = int(regions.max()) + 1
-            small = np.bincount(regions, self.areas) < min_area
-            if count == 1 or not small.any():
-                return regions
-            ends = regions[self.borders]
-            apart = ends[:, 0] != ends[:, 1]
-            pairs, lengths, totals = _summed(ends[apart], self.lengths[apart], self.totals[apart], count)
-            both = np.concatenate([pairs, pairs[:, ::-1]])
-            mean = np.tile(totals / lengths, 2)
-            both, mean = both[small[both[:, 0]]], mean[small[both[:, 0]]]
-            order = np.lexsort((both[:, 1], mean, both[:, 0]))
-            _, first = np.unique(both[order, 0], return_index=True)
-            regions = _components(both[order][first], count)[regions]
 
     def _outline(self, regions: NDArray[np.int32], count: int) -> NDArray[np.float64]:
         """Mean probability along each region's border with others: float64 [K]."""
@@ -114,7 +98,7 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
             is only enlargement, so pieces are found at about this size. Never above WORKING.
     """
     step = max(1, round(max(probability.shape) / min(seen or WORKING, WORKING)))
-    edges = _block_maxima(probability, step)
+    edges = block_maxima(probability, step)
     found = _find_pieces(edges)
     pairs, lengths, totals = _find_borders(found, edges)
     merges, heights = _merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
@@ -122,7 +106,43 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
 
 
-def _block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+def join_specks(
+    regions: NDArray[np.int32],
+    areas: NDArray[np.float64],
+    min_area: float,
+    borders: NDArray[np.int32],
+    lengths: NDArray[np.float64],
+    totals: NDArray[np.float64],
+) -> NDArray[np.int32]:
+    """The rule for small regions.
+
+    A region under `min_area` joins the neighbour behind its weakest border (the lowest mean probability; of equal
+    ones the lower number), all such at once, until none is left that has a neighbour.
+
+    Args:
+        regions: int32 [R], region of each piece, from 0.
+        areas: float64 [R], of the pieces. borders, lengths, totals: as in `Hierarchy`.
+
+    Returns:
+        int32 [R], regions numbered anew from 0.
+    """
+    while True:
+        count = int(regions.max(initial=-1)) + 1
+        small = np.bincount(regions, areas, count) < min_area
+        ends = regions[borders]
+        open_ended = (ends[:, 0] != ends[:, 1]) & small[ends].any(axis=1)
+        if not open_ended.any():
+            return regions
+        pairs, length, total = _summed(ends[open_ended], lengths[open_ended], totals[open_ended], count)
+        both = np.concatenate([pairs, pairs[:, ::-1]])
+        mean = np.tile(total / length, 2)
+        both, mean = both[small[both[:, 0]]], mean[small[both[:, 0]]]
+        order = np.lexsort((both[:, 1], mean, both[:, 0]))
+        _, first = np.unique(both[order, 0], return_index=True)
+        regions = components(both[order][first], count)[regions]
+
+
+def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
     """Maximum of each step × step block; unlike a mean it opens no gap in a thin line."""
     if step == 1:
         return values
@@ -202,7 +222,7 @@ def _merge_weakest_first(
     )
 
 
-def _components(links: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+def components(links: NDArray[np.int32], count: int) -> NDArray[np.int32]:
     """Which of `count` nodes the links join: int32 [count], numbered from 0."""
     graph = coo_matrix((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), (count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int32)

@@ -1,0 +1,343 @@
+"""Background-Guided Propagation (paper section 3.5): masks of others, made to agree with the edges.
+
+1. Regions. The picture is cut with the edges as separators (`EdgeMap.instances`). What a mask has in a region is a
+   fragment.
+2. Split. Of a mask, a region counts if it holds SPLIT of the mask or lies in it by half; the rest is a loose border
+   and is left out. Among those that count, one with less than SPLIT of the mask joins its neighbour behind the
+   weakest border; each that is left becomes an instance.
+3. Walk. Each fragment is spread by a random walk that stays in its region: a_ij = (1 − largest edge probability on
+   the straight path from i to j)^β for cells within a radius of 5, as in IRNet (Ahn et al., CVPR 2019), rows
+   normalised, 2⁸ steps. The background, i.e. the rest of the region, spreads the same way and so falls where the
+   mask's share rises. The results at three levels between the lowest and the highest share, the whole region and the
+   fragment as it was are compared: the one with the strongest edges along its outline stays. A result that has less
+   than half in common with the fragment (IoU) is none: edges may move an outline, not choose another thing.
+4. Merge. While any two results have IoU > 0.5, all that hang together so become one, at once, so that the order of
+   the masks doesn't matter.
+
+2⁸ applications of a stochastic T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead
+expanded in Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): about 50 sparse products in place
+of 256, with an error below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, hypot
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as codec
+from scipy.ndimage import find_objects
+from scipy.sparse import csr_matrix
+from scipy.stats import binom
+
+from trace_sdk.instances.hierarchy import Hierarchy, block_maxima, components, enlarge, join_specks
+
+RADIUS = 5  # cells
+BETA = 10
+STEPS = 2**8
+GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
+SPLIT = 0.15  # share of a mask that makes a fragment an instance of its own
+SAME = 0.5  # IoU above which two results are one
+LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region (0) and the highest (1)
+TAIL = 1e-2  # bound on the error of T^s
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedMasks:
+    """Masks after propagation, best score first; where scores are equal, in an order of their own shape.
+
+    Attributes:
+        rle: each mask as COCO RLE with counts as bytes, K of them, as pycocotools takes them.
+        scores: float64 [K]: score of the mask it came from times IoU of the result with the fragment it came from; of
+            merged ones the highest.
+        sources: for each, the indices of the masks it came from, ascending.
+        dropped: indices of masks of which nothing was left.
+    """
+
+    rle: list[dict[str, Any]]
+    scores: NDArray[np.float64]
+    sources: list[list[int]]
+    dropped: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rle)
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """bool [K, H, W]."""
+        masks: NDArray[np.bool_] = np.moveaxis(codec.decode(self.rle), -1, 0).astype(np.bool_)
+        return masks
+
+
+@dataclass(frozen=True, eq=False)
+class _Fragment:
+    """Part of a mask in one region. `instance`: number among the mask's own, see step 2."""
+
+    mask: int
+    region: int
+    instance: int
+
+
+def propagate(
+    probability: NDArray[np.float32],
+    hierarchy: Hierarchy,
+    threshold: float,
+    min_area: int,
+    masks: NDArray[np.bool_],
+    scores: NDArray[np.float64],
+) -> RefinedMasks:
+    """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
+    of_piece, _ = hierarchy.cut(threshold, min_area)
+    regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
+    fragments = _fragments(hierarchy, of_piece, regions, masks)
+    walk = _Walk(probability, regions)
+    parts = walk.spread(masks, fragments)
+
+    found: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    before: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for fragment, part in zip(fragments, parts, strict=True):
+        key = (fragment.mask, fragment.instance)
+        pixels = walk.pixels(fragment.region)
+        for whole, values in ((found, part), (before, masks[fragment.mask].ravel()[pixels])):
+            whole.setdefault(key, np.zeros(probability.size, np.bool_))[pixels] = values
+    runs, kept, sources = [], [], []
+    for key, mask in found.items():
+        agreement = np.count_nonzero(mask & before[key]) / np.count_nonzero(mask | before[key])
+        runs.append(codec.encode(np.asfortranarray(mask.reshape(probability.shape), np.uint8)))
+        kept.append(scores[key[0]] * agreement)
+        sources.append([key[0]])
+    runs, kept, sources = _merge(runs, kept, sources)
+    order = sorted(range(len(runs)), key=lambda i: (-kept[i], runs[i]["counts"]))
+    dropped = sorted(set(range(len(masks))) - {index for indices in sources for index in indices})
+    return RefinedMasks(
+        [runs[i] for i in order], np.array([kept[i] for i in order]), [sources[i] for i in order], dropped
+    )
+
+
+def _fragments(
+    hierarchy: Hierarchy, of_piece: NDArray[np.int32], regions: NDArray[np.int32], masks: NDArray[np.bool_]
+) -> list[_Fragment]:
+    """Step 2: which regions of each mask count, and as which of its instances."""
+    count = int(of_piece.max()) + 1
+    flat = regions.ravel()
+    areas = np.bincount(flat, minlength=count)
+    ends = of_piece[hierarchy.borders]
+    fragments = []
+    for index, mask in enumerate(masks):
+        held = np.bincount(flat[mask.ravel()], minlength=count)
+        large = SPLIT * held.sum()
+        counting = (held >= large) | (2 * held >= areas) & (held > 0)
+        chosen = np.flatnonzero(counting)
+        number = np.full(count, -1, np.int32)
+        number[chosen] = np.arange(len(chosen), dtype=np.int32)
+        inner = counting[ends].all(axis=1)
+        instances = join_specks(
+            np.arange(len(chosen), dtype=np.int32),
+            held[chosen].astype(np.float64),
+            large,
+            number[ends[inner]],
+            hierarchy.lengths[inner],
+            hierarchy.totals[inner],
+        )
+        fragments += [
+            _Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
+        ]
+    return fragments
+
+
+class _Walk:
+    """The random walk of one picture: cells of a coarse grid, each in the region of its centre."""
+
+    def __init__(self, probability: NDArray[np.float32], regions: NDArray[np.int32]) -> None:
+        self._shape = probability.shape
+        self._step = step = max(1, ceil(max(self._shape) / GRID))
+        edges = block_maxima(probability, step)
+        rows, columns = edges.shape
+        middle_y = np.minimum(np.arange(rows) * step + step // 2, self._shape[0] - 1)
+        middle_x = np.minimum(np.arange(columns) * step + step // 2, self._shape[1] - 1)
+        self._cells = regions[np.ix_(middle_y, middle_x)]
+        self._transition = transition_matrix(edges, self._cells)
+        self._probability, self._regions = probability, regions
+        self._boxes = find_objects(regions + 1)
+        self._sorted = np.argsort(regions.ravel(), kind="stable")
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(regions.ravel()))])
+
+    def pixels(self, region: int) -> NDArray[np.intp]:
+        """Flat indices of a region's pixels."""
+        return self._sorted[self._bounds[region] : self._bounds[region + 1]]
+
+    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[_Fragment]) -> list[NDArray[np.bool_]]:
+        """Step 3: for each fragment, which of its region's pixels it now has."""
+        if not fragments:
+            return []
+        # The walk never leaves a region, so fragments of different regions share a column.
+        used: dict[int, int] = {}
+        columns = []
+        for fragment in fragments:
+            columns.append(used.get(fragment.region, 0))
+            used[fragment.region] = columns[-1] + 1
+        cells = self._cells.ravel()
+        order = np.argsort(cells, kind="stable")
+        bounds = np.searchsorted(cells[order], np.arange(len(self._bounds)))
+        seeds = np.zeros((len(cells), max(columns) + 1), np.float32)
+        covered: dict[int, NDArray[np.float32]] = {}
+        for fragment, column in zip(fragments, columns, strict=True):
+            if fragment.mask not in covered:
+                covered[fragment.mask] = _block_means(masks[fragment.mask], self._step).ravel()
+            own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
+            seeds[own, column] = covered[fragment.mask][own]
+        shares = chebyshev_power(self._transition, seeds, STEPS)
+
+        rise = np.zeros_like(shares)
+        for fragment, column in zip(fragments, columns, strict=True):
+            own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
+            if len(own):
+                lowest, highest = shares[own, column].min(), shares[own, column].max()
+                rise[own, column] = (shares[own, column] - lowest) / max(highest - lowest, 1e-3)
+        lifted = (self._lift() @ rise).reshape(*self._shape, -1)
+        return [
+            self._best_outline(masks[fragment.mask], fragment.region, lifted[:, :, column])
+            for fragment, column in zip(fragments, columns, strict=True)
+        ]
+
+    def _best_outline(self, mask: NDArray[np.bool_], region: int, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
+        # One more pixel around, where there is one, to see the edge on the outer side.
+        rows, columns = self._boxes[region]
+        box = (slice(max(0, rows.start - 1), rows.stop + 1), slice(max(0, columns.start - 1), columns.stop + 1))
+        inside = self._regions[box] == region
+        fragment = mask[box] & inside
+        best, strongest = fragment, outline_strength(fragment, self._probability[box])
+        for candidate in (inside, *(inside & (rise[box] > level) for level in LEVELS)):
+            common, either = np.count_nonzero(candidate & fragment), np.count_nonzero(candidate | fragment)
+            if common >= SAME * either:
+                strength = outline_strength(candidate, self._probability[box])
+                if strength > strongest:
+                    best, strongest = candidate, strength
+        return best[inside]
+
+    def _lift(self) -> csr_matrix:
+        """Bilinear interpolation from cells to pixels, from cells of the pixel's own region only: [H · W, cells]."""
+        rows, columns = self._cells.shape
+        (top, low), (left, right) = (
+            _between(length, self._step, cells) for length, cells in zip(self._shape, self._cells.shape, strict=True)
+        )
+        corners, weights = [], []
+        for down in (0, 1):
+            for aside in (0, 1):
+                y = np.minimum(top + down, rows - 1)[:, None]
+                x = np.minimum(left + aside, columns - 1)[None, :]
+                weight = np.abs(1 - down - low)[:, None] * np.abs(1 - aside - right)[None, :]
+                corners.append((y * columns + x).ravel())
+                weights.append((weight * (self._cells[y, x] == self._regions)).ravel())
+        indices, values = np.stack(corners, axis=1).astype(np.int32), np.stack(weights, axis=1).astype(np.float32)
+        pointers = np.arange(0, indices.size + 1, 4)
+        return csr_matrix((values.ravel(), indices.ravel(), pointers), (len(indices), rows * columns))
+
+
+def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
+    """Mean edge probability along the outline of a mask, of each pixel pair the larger; 0 without an outline."""
+    total, length = 0.0, 0
+    for here, there in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        crossed = mask[here] != mask[there]
+        total += float(np.maximum(probability[here][crossed], probability[there][crossed]).sum(dtype=np.float64))
+        length += int(np.count_nonzero(crossed))
+    return total / length if length else 0.0
+
+
+def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) -> csr_matrix:
+    """Row-normalised affinities of a grid: float32 [N, N] for N = h · w cells, row-major.
+
+    Args:
+        edges: float32 [h, w] in [0, 1].
+        regions: int32 [h, w]; cells of different regions have no affinity. A cell has affinity 1 with itself.
+    """
+    height, width = edges.shape
+    number = np.arange(edges.size, dtype=np.int32).reshape(height, width)
+    sources, targets, values = [number.ravel()], [number.ravel()], [np.ones(edges.size, np.float32)]
+    for down, right in _half_disc():
+        if down >= height or abs(right) >= width:
+            continue
+        here = (slice(0, height - down), slice(max(0, -right), width - max(0, right)))
+        there = (slice(down, height), slice(max(0, right), width + min(0, right)))
+        strongest = np.zeros(edges[here].shape, np.float32)
+        for y, x in _path(down, right):
+            along = edges[y : y + height - down, here[1].start + x : here[1].stop + x]
+            np.maximum(strongest, along, out=strongest)
+        linked = (regions[here] == regions[there]) & (strongest < 1)
+        affinity = (1 - strongest[linked]) ** BETA
+        a, b = number[here][linked], number[there][linked]
+        sources += [a, b]
+        targets += [b, a]
+        values += [affinity, affinity]
+    matrix = csr_matrix(
+        (np.concatenate(values), (np.concatenate(sources), np.concatenate(targets))), (edges.size, edges.size)
+    )
+    sums = np.asarray(matrix.sum(axis=1)).ravel()
+    matrix.data /= np.repeat(sums, np.diff(matrix.indptr))
+    return matrix
+
+
+def chebyshev_power(transition: csr_matrix, vectors: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+    """transition^steps · vectors, float32 [N, C], to within TAIL of the vectors' norm.
+
+    x^s = Σ_j c_j T_j(x), c_j the chance that s fair coins differ by j (twice that for j > 0); the sum stops where the
+    chances left fall under TAIL. Needs a transition with real eigenvalues in [−1, 1], as that of symmetric affinities.
+    """
+    degrees = np.arange(steps % 2, steps + 1, 2)
+    chances = binom.pmf((steps + degrees) // 2, steps, 0.5) * np.where(degrees > 0, 2, 1)
+    wanted = int(np.searchsorted(np.cumsum(chances), 1 - TAIL)) + 1
+    share = dict(zip(degrees[:wanted].tolist(), chances[:wanted].tolist(), strict=True))
+    last, current = vectors, transition @ vectors
+    total = share.get(0, 0.0) * last + share.get(1, 0.0) * current
+    for degree in range(2, int(degrees[min(wanted, len(degrees)) - 1]) + 1):
+        last, current = current, 2 * (transition @ current) - last
+        if degree in share:
+            total += np.float32(share[degree]) * current
+    return np.asarray(total, np.float32)
+
+
+def _merge(
+    runs: list[dict[str, Any]], scores: list[float], sources: list[list[int]]
+) -> tuple[list[dict[str, Any]], list[float], list[list[int]]]:
+    """Step 4: unions of what hangs together by IoU > SAME, until no pair does."""
+    while len(runs) > 1:
+        overlap = codec.iou(runs, runs, [0] * len(runs))
+        group = components(np.argwhere(np.triu(overlap > SAME, 1)), len(runs))
+        if group.max() + 1 == len(runs):
+            break
+        members = [np.flatnonzero(group == number).tolist() for number in range(group.max() + 1)]
+        runs = [codec.merge([runs[i] for i in ids]) if len(ids) > 1 else runs[ids[0]] for ids in members]
+        scores = [max(scores[i] for i in ids) for ids in members]
+        sources = [sorted({index for i in ids for index in sources[i]}) for ids in members]
+    return runs, scores, sources
+
+
+def _half_disc() -> list[tuple[int, int]]:
+    """Offsets within RADIUS, one of each opposite pair: (0, 1) … downwards."""
+    around = [(y, x) for y in range(RADIUS + 1) for x in range(-RADIUS, RADIUS + 1) if y > 0 or x > 0]
+    return [(y, x) for y, x in around if hypot(y, x) <= RADIUS]
+
+
+def _path(down: int, right: int) -> list[tuple[int, int]]:
+    """Cells on the straight line from (0, 0) to (down, right), both ends included."""
+    steps = max(down, abs(right))
+    return [(round(down * i / steps), round(right * i / steps)) for i in range(steps + 1)]
+
+
+def _between(length: int, step: int, cells: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """For each pixel: the cell whose centre lies before it, and how far on it is to the next, in [0, 1)."""
+    place = np.clip((np.arange(length) + 0.5) / step - 0.5, 0, cells - 1)
+    before = place.astype(np.intp)
+    return before, (place - before).astype(np.float32)
+
+
+def _block_means(mask: NDArray[np.bool_], step: int) -> NDArray[np.float32]:
+    """Share of each step × step block that lies in the mask; blocks at the rim are smaller."""
+    height, width = mask.shape
+    rows, columns = np.arange(0, height, step), np.arange(0, width, step)
+    sums = np.add.reduceat(np.add.reduceat(mask, rows, axis=0, dtype=np.int32), columns, axis=1)
+    sizes = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))
+    return (sums / sizes).astype(np.float32)
