@@ -101,7 +101,7 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     edges = block_maxima(probability, step)
     found = _find_pieces(edges)
     pairs, lengths, totals = _find_borders(found, edges)
-    merges, heights = _merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
+    merges, heights = merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
     areas = np.bincount(found.ravel()) * (probability.size / found.size)
     return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
 
@@ -133,7 +133,7 @@ def join_specks(
         open_ended = (ends[:, 0] != ends[:, 1]) & small[ends].any(axis=1)
         if not open_ended.any():
             return regions
-        pairs, length, total = _summed(ends[open_ended], lengths[open_ended], totals[open_ended], count)
+        pairs, length, total = summed(ends[open_ended], lengths[open_ended], totals[open_ended], count)
         both = np.concatenate([pairs, pairs[:, ::-1]])
         mean = np.tile(total / length, 2)
         both, mean = both[small[both[:, 0]]], mean[small[both[:, 0]]]
@@ -171,10 +171,10 @@ def _find_borders(
         pairs.append(np.stack([pieces[here][apart], pieces[there][apart]], axis=1))
         strengths.append(np.maximum(edges[here][apart], edges[there][apart]))
     totals = np.concatenate(strengths).astype(np.float64)
-    return _summed(np.concatenate(pairs), np.ones_like(totals), totals, int(pieces.max()) + 1)
+    return summed(np.concatenate(pairs), np.ones_like(totals), totals, int(pieces.max()) + 1)
 
 
-def _summed(
+def summed(
     pairs: NDArray[np.int32], lengths: NDArray[np.float64], totals: NDArray[np.float64], count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
     """Each unordered pair once, its lengths and totals added up."""
@@ -185,7 +185,7 @@ def _summed(
     return np.stack([length.row, length.col], axis=1).astype(np.int32), length.data, total.data
 
 
-def _merge_weakest_first(
+def merge_weakest_first(
     count: int, pairs: NDArray[np.int32], lengths: NDArray[np.float64], totals: NDArray[np.float64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """Remove the border of the lowest mean, add up those that become one, and so on.

@@ -14,9 +14,10 @@
 4. Merge. While any two results have IoU > 0.5, all that hang together so become one, at once, so that the order of
    the masks doesn't matter.
 
-2⁸ applications of a stochastic T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead
-expanded in Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): about 50 sparse products in place
-of 256, with an error below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3).
+2⁸ applications of T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead expanded in
+Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 42 products in place of 256, with an error
+below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). A product is a stencil over the
+grid, not a sparse matrix: few vectors, and regions share one, since the walk never leaves them.
 """
 
 from __future__ import annotations
@@ -27,21 +28,33 @@ from math import ceil, hypot
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 from pycocotools import mask as codec
-from scipy.ndimage import find_objects
+from scipy.ndimage import binary_fill_holes, find_objects
 from scipy.sparse import csr_matrix
 from scipy.stats import binom
 
-from trace_sdk.instances.hierarchy import Hierarchy, block_maxima, components, enlarge, join_specks
+from trace_sdk.instances.hierarchy import (
+    Hierarchy,
+    block_maxima,
+    components,
+    enlarge,
+    join_specks,
+    merge_weakest_first,
+    summed,
+)
 
 RADIUS = 5  # cells
 BETA = 10
 STEPS = 2**8
 GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
-SPLIT = 0.15  # share of a mask that makes a fragment an instance of its own
+SPLIT = 0.2  # share of a mask that makes a fragment an instance of its own
 SAME = 0.5  # IoU above which two results are one
 LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region (0) and the highest (1)
+INNER = 0.9  # strength of a line that splits a mask, to that of the mask's outline without its holes
+ALIKE = 0.4  # IoU of a new outline with its fragment
+MARGIN = 1.1  # strength of a new outline, to that of the old one
 TAIL = 1e-2  # bound on the error of T^s
 
 
@@ -92,23 +105,24 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
-    fragments = _fragments(hierarchy, of_piece, regions, masks)
+    fragments = _fragments(probability, hierarchy, of_piece, regions, masks)
     walk = _Walk(probability, regions)
     parts = walk.spread(masks, fragments)
 
     found: dict[tuple[int, int], NDArray[np.bool_]] = {}
-    before: dict[tuple[int, int], NDArray[np.bool_]] = {}
     for fragment, part in zip(fragments, parts, strict=True):
-        key = (fragment.mask, fragment.instance)
-        pixels = walk.pixels(fragment.region)
-        for whole, values in ((found, part), (before, masks[fragment.mask].ravel()[pixels])):
-            whole.setdefault(key, np.zeros(probability.size, np.bool_))[pixels] = values
+        whole = found.setdefault((fragment.mask, fragment.instance), np.zeros(probability.size, np.bool_))
+        whole[walk.pixels(fragment.region)] = part
+    alone = np.bincount([index for index, _ in found], minlength=len(masks)) == 1
     runs, kept, sources = [], [], []
-    for key, mask in found.items():
-        agreement = np.count_nonzero(mask & before[key]) / np.count_nonzero(mask | before[key])
-        runs.append(codec.encode(np.asfortranarray(mask.reshape(probability.shape), np.uint8)))
-        kept.append(scores[key[0]] * agreement)
-        sources.append([key[0]])
+    for (index, _), flat in found.items():
+        mask, original = flat.reshape(probability.shape), masks[index]
+        if alone[index] and outline_strength(mask, probability) < MARGIN * outline_strength(original, probability):
+            mask = original
+        agreement = np.count_nonzero(mask & original) / np.count_nonzero(mask | original)
+        runs.append(codec.encode(np.asfortranarray(mask, np.uint8)))
+        kept.append(scores[index] * agreement)
+        sources.append([index])
     runs, kept, sources = _merge(runs, kept, sources)
     order = sorted(range(len(runs)), key=lambda i: (-kept[i], runs[i]["counts"]))
     dropped = sorted(set(range(len(masks))) - {index for indices in sources for index in indices})
@@ -118,30 +132,32 @@ def propagate(
 
 
 def _fragments(
-    hierarchy: Hierarchy, of_piece: NDArray[np.int32], regions: NDArray[np.int32], masks: NDArray[np.bool_]
+    probability: NDArray[np.float32],
+    hierarchy: Hierarchy,
+    of_piece: NDArray[np.int32],
+    regions: NDArray[np.int32],
+    masks: NDArray[np.bool_],
 ) -> list[_Fragment]:
     """Step 2: which regions of each mask count, and as which of its instances."""
     count = int(of_piece.max()) + 1
-    flat = regions.ravel()
-    areas = np.bincount(flat, minlength=count)
+    areas = np.bincount(regions.ravel(), minlength=count)
     ends = of_piece[hierarchy.borders]
+    apart = ends[:, 0] != ends[:, 1]
+    ends, lengths, totals = summed(ends[apart], hierarchy.lengths[apart], hierarchy.totals[apart], count)
     fragments = []
     for index, mask in enumerate(masks):
-        held = np.bincount(flat[mask.ravel()], minlength=count)
-        large = SPLIT * held.sum()
-        counting = (held >= large) | (2 * held >= areas) & (held > 0)
+        box = _box(mask)
+        held = np.bincount(regions[box][mask[box]], minlength=count)
+        counting = (held >= SPLIT * held.sum()) | (2 * held >= areas) & (held > 0)
         chosen = np.flatnonzero(counting)
         number = np.full(count, -1, np.int32)
         number[chosen] = np.arange(len(chosen), dtype=np.int32)
         inner = counting[ends].all(axis=1)
-        instances = join_specks(
-            np.arange(len(chosen), dtype=np.int32),
-            held[chosen].astype(np.float64),
-            large,
-            number[ends[inner]],
-            hierarchy.lengths[inner],
-            hierarchy.totals[inner],
-        )
+        borders = number[ends[inner]], lengths[inner], totals[inner]
+        merges, heights = merge_weakest_first(len(chosen), *borders)
+        needed = INNER * outline_strength(binary_fill_holes(mask[box]), probability[box])
+        joined = components(merges[: np.searchsorted(heights, needed)], len(chosen))
+        instances = join_specks(joined, held[chosen].astype(np.float64), SPLIT * held.sum(), *borders)
         fragments += [
             _Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
         ]
@@ -159,7 +175,7 @@ class _Walk:
         middle_y = np.minimum(np.arange(rows) * step + step // 2, self._shape[0] - 1)
         middle_x = np.minimum(np.arange(columns) * step + step // 2, self._shape[1] - 1)
         self._cells = regions[np.ix_(middle_y, middle_x)]
-        self._transition = transition_matrix(edges, self._cells)
+        self._affinities = affinities(edges, self._cells)
         self._probability, self._regions = probability, regions
         self._boxes = find_objects(regions + 1)
         self._sorted = np.argsort(regions.ravel(), kind="stable")
@@ -182,24 +198,25 @@ class _Walk:
         cells = self._cells.ravel()
         order = np.argsort(cells, kind="stable")
         bounds = np.searchsorted(cells[order], np.arange(len(self._bounds)))
-        seeds = np.zeros((len(cells), max(columns) + 1), np.float32)
+        seeds = np.zeros((max(columns) + 1, len(cells)), np.float32)
         covered: dict[int, NDArray[np.float32]] = {}
         for fragment, column in zip(fragments, columns, strict=True):
             if fragment.mask not in covered:
                 covered[fragment.mask] = _block_means(masks[fragment.mask], self._step).ravel()
             own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
-            seeds[own, column] = covered[fragment.mask][own]
-        shares = chebyshev_power(self._transition, seeds, STEPS)
+            seeds[column, own] = covered[fragment.mask][own]
+        shares = spread(self._affinities, seeds.reshape(-1, *self._cells.shape), STEPS).reshape(seeds.shape)
 
         rise = np.zeros_like(shares)
         for fragment, column in zip(fragments, columns, strict=True):
             own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
             if len(own):
-                lowest, highest = shares[own, column].min(), shares[own, column].max()
-                rise[own, column] = (shares[own, column] - lowest) / max(highest - lowest, 1e-3)
-        lifted = (self._lift() @ rise).reshape(*self._shape, -1)
+                share = shares[column, own]
+                rise[column, own] = (share - share.min()) / max(float(np.ptp(share)), 1e-3)
+        lift = self._lift()
+        lifted = [(lift @ values).reshape(self._shape) for values in rise]
         return [
-            self._best_outline(masks[fragment.mask], fragment.region, lifted[:, :, column])
+            self._best_outline(masks[fragment.mask], fragment.region, lifted[column])
             for fragment, column in zip(fragments, columns, strict=True)
         ]
 
@@ -209,10 +226,14 @@ class _Walk:
         box = (slice(max(0, rows.start - 1), rows.stop + 1), slice(max(0, columns.start - 1), columns.stop + 1))
         inside = self._regions[box] == region
         fragment = mask[box] & inside
-        best, strongest = fragment, outline_strength(fragment, self._probability[box])
-        for candidate in (inside, *(inside & (rise[box] > level) for level in LEVELS)):
+        best, strongest = fragment, MARGIN * outline_strength(fragment, self._probability[box])
+        for candidate in (
+            inside,
+            binary_fill_holes(fragment) & inside,
+            *(inside & (rise[box] > level) for level in LEVELS),
+        ):
             common, either = np.count_nonzero(candidate & fragment), np.count_nonzero(candidate | fragment)
-            if common >= SAME * either:
+            if common >= ALIKE * either:
                 strength = outline_strength(candidate, self._probability[box])
                 if strength > strongest:
                     best, strongest = candidate, strength
@@ -239,6 +260,8 @@ class _Walk:
 
 def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
     """Mean edge probability along the outline of a mask, of each pixel pair the larger; 0 without an outline."""
+    box = _box(mask)
+    mask, probability = mask[box], probability[box]
     total, length = 0.0, 0
     for here, there in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
         crossed = mask[here] != mask[there]
@@ -247,56 +270,61 @@ def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) 
     return total / length if length else 0.0
 
 
-def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) -> csr_matrix:
-    """Row-normalised affinities of a grid: float32 [N, N] for N = h · w cells, row-major.
+def affinities(edges: NDArray[np.float32], regions: NDArray[np.int32]) -> dict[tuple[int, int], NDArray[np.float32]]:
+    """For each offset (down, right) of half the disc: a_ij of every cell i of the grid with the cell j there.
 
     Args:
         edges: float32 [h, w] in [0, 1].
-        regions: int32 [h, w]; cells of different regions have no affinity. A cell has affinity 1 with itself.
+        regions: int32 [h, w]; cells of different regions have affinity 0.
+
+    Returns:
+        float32 [h − down, w − |right|] for each offset: the grid without the cells whose j would be outside.
     """
     height, width = edges.shape
-    number = np.arange(edges.size, dtype=np.int32).reshape(height, width)
-    sources, targets, values = [number.ravel()], [number.ravel()], [np.ones(edges.size, np.float32)]
+    found = {}
     for down, right in _half_disc():
         if down >= height or abs(right) >= width:
             continue
-        here = (slice(0, height - down), slice(max(0, -right), width - max(0, right)))
-        there = (slice(down, height), slice(max(0, right), width + min(0, right)))
+        here, there = _ends(down, right)
         strongest = np.zeros(edges[here].shape, np.float32)
         for y, x in _path(down, right):
-            along = edges[y : y + height - down, here[1].start + x : here[1].stop + x]
-            np.maximum(strongest, along, out=strongest)
-        linked = (regions[here] == regions[there]) & (strongest < 1)
-        affinity = (1 - strongest[linked]) ** BETA
-        a, b = number[here][linked], number[there][linked]
-        sources += [a, b]
-        targets += [b, a]
-        values += [affinity, affinity]
-    matrix = csr_matrix(
-        (np.concatenate(values), (np.concatenate(sources), np.concatenate(targets))), (edges.size, edges.size)
-    )
-    sums = np.asarray(matrix.sum(axis=1)).ravel()
-    matrix.data /= np.repeat(sums, np.diff(matrix.indptr))
-    return matrix
+            left = max(0, -right) + x
+            np.maximum(strongest, edges[y : y + height - down, left : left + width - abs(right)], out=strongest)
+        found[down, right] = np.where(regions[here] == regions[there], (1 - strongest) ** BETA, np.float32(0))
+    return found
 
 
-def chebyshev_power(transition: csr_matrix, vectors: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
-    """transition^steps · vectors, float32 [N, C], to within TAIL of the vectors' norm.
+def spread(
+    affinity: dict[tuple[int, int], NDArray[np.float32]], vectors: NDArray[np.float32], steps: int
+) -> NDArray[np.float32]:
+    """T^steps of each vector, float32 [C, h, w], to within TAIL of its norm; T are the row-normalised affinities.
 
-    x^s = Σ_j c_j T_j(x), c_j the chance that s fair coins differ by j (twice that for j > 0); the sum stops where the
-    chances left fall under TAIL. Needs a transition with real eigenvalues in [−1, 1], as that of symmetric affinities.
+    A cell has affinity 1 with itself. x^s = Σ_j c_j T_j(x), with c_j the chance that the heads and tails of s fair
+    coins differ by j; the sum stops where the chances left fall under TAIL. This needs real eigenvalues in [−1, 1],
+    which symmetric affinities give.
     """
+    ends = {offset: (..., *here) for offset in affinity for here in [_ends(*offset)[0]]}
+    others = {offset: (..., *there) for offset in affinity for there in [_ends(*offset)[1]]}
+
+    def summed_around(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        total = values.copy()
+        for offset, weight in affinity.items():
+            total[ends[offset]] += weight * values[others[offset]]
+            total[others[offset]] += weight * values[ends[offset]]
+        return total
+
+    scale = 1 / summed_around(np.ones(vectors.shape[1:], np.float32))
     degrees = np.arange(steps % 2, steps + 1, 2)
     chances = binom.pmf((steps + degrees) // 2, steps, 0.5) * np.where(degrees > 0, 2, 1)
     wanted = int(np.searchsorted(np.cumsum(chances), 1 - TAIL)) + 1
-    share = dict(zip(degrees[:wanted].tolist(), chances[:wanted].tolist(), strict=True))
-    last, current = vectors, transition @ vectors
-    total = share.get(0, 0.0) * last + share.get(1, 0.0) * current
-    for degree in range(2, int(degrees[min(wanted, len(degrees)) - 1]) + 1):
-        last, current = current, 2 * (transition @ current) - last
-        if degree in share:
-            total += np.float32(share[degree]) * current
-    return np.asarray(total, np.float32)
+    chance = dict(zip(degrees[:wanted].tolist(), chances[:wanted].astype(np.float32), strict=True))
+    last, current = vectors, scale * summed_around(vectors)
+    result = chance.get(0, np.float32(0)) * last + chance.get(1, np.float32(0)) * current
+    for degree in range(2, max(chance) + 1):
+        last, current = current, 2 * scale * summed_around(current) - last
+        if degree in chance:
+            result += chance[degree] * current
+    return result
 
 
 def _merge(
@@ -334,10 +362,22 @@ def _between(length: int, step: int, cells: int) -> tuple[NDArray[np.intp], NDAr
     return before, (place - before).astype(np.float32)
 
 
+def _ends(down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """The cells that have one at this offset, and those that are it."""
+    rows = slice(None, -down or None), slice(down, None)
+    columns = slice(None, -abs(right) or None), slice(abs(right), None)
+    return (rows[0], columns[right < 0]), (rows[1], columns[right >= 0])
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Bounding box with one more pixel around, where there is one; empty for an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return slice(0), slice(0)
+    return slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2)
+
+
 def _block_means(mask: NDArray[np.bool_], step: int) -> NDArray[np.float32]:
     """Share of each step × step block that lies in the mask; blocks at the rim are smaller."""
-    height, width = mask.shape
-    rows, columns = np.arange(0, height, step), np.arange(0, width, step)
-    sums = np.add.reduceat(np.add.reduceat(mask, rows, axis=0, dtype=np.int32), columns, axis=1)
-    sizes = np.diff(np.append(rows, height))[:, None] * np.diff(np.append(columns, width))
-    return (sums / sizes).astype(np.float32)
+    picture = PIL.Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+    return np.asarray(picture.reduce(step), np.float32) / 255
