@@ -40,6 +40,21 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}
 
 
+def as_result(
+    image_id: int | str, category_id: Any, rle: dict[str, Any], score: float, *, crowd: bool = False
+) -> dict[str, Any]:
+    """One COCO result: image_id, category_id, segmentation (RLE), bbox as x, y, width, height, area, score."""
+    return {
+        "image_id": image_id,
+        "category_id": CATEGORY["id"] if category_id is None else category_id,
+        "segmentation": rle,
+        "bbox": codec.toBbox(rle).tolist(),
+        "area": int(codec.area(rle)),
+        "score": round(float(score), 6),
+        **({"iscrowd": 1} if crowd else {}),
+    }
+
+
 def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
     polygons = [[float(value) for value in polygon] for polygon in shape]
     if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):

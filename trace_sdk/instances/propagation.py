@@ -80,9 +80,13 @@ class RefinedMasks:
 
     @property
     def masks(self) -> NDArray[np.bool_]:
-        """bool [K, H, W]."""
+        """bool [K, H, W]; made at each call."""
         masks: NDArray[np.bool_] = np.moveaxis(codec.decode(self.rle), -1, 0).astype(np.bool_)
         return masks
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """Each mask as COCO RLE with counts as text, for JSON."""
+        return [{"size": list(runs["size"]), "counts": runs["counts"].decode("ascii")} for runs in self.rle]
 
 
 @dataclass(frozen=True, eq=False)
