@@ -2,7 +2,8 @@
 
 The heights of the merges are an ultrametric contour map (Arbelaez et al., TPAMI 2011): made once, cut at any
 threshold. A border that is an edge of probability p all along stays for every threshold up to p, so a cut holds
-the connected components that edges separate (paper section 3.5); borders with a gap count by their mean.
+the connected components that edges separate (paper section 3.5); where an edge grows weak but leaves a trace, the
+border counts by its mean.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 1. Regions. The picture is cut with the edges as separators (`EdgeMap.instances`). What a mask has in a region is a
    fragment.
-2. Split. Of a mask, a region counts if it holds SPLIT of the mask or lies in it by half; the rest is a loose border
-   and is left out. Among those that count, one with less than SPLIT of the mask joins its neighbour behind the
-   weakest border; each that is left becomes an instance.
+2. Split. A region counts for a mask if half of it lies in the mask, or LEAKY of the mask in it; the rest is a loose
+   border and is left out. Regions that count are joined where the border between them is weaker than INNER times the
+   mask's own outline; of those left, one with less than SPLIT of the mask joins its neighbour behind the weakest
+   border. Each that is left becomes an instance.
 3. Walk. Each fragment is spread by a random walk that stays in its region: a_ij = (1 − largest edge probability on
    the straight path from i to j)^β for cells within a radius of 5, as in IRNet (Ahn et al., CVPR 2019), rows
    normalised, 2⁸ steps. The background, i.e. the rest of the region, spreads the same way and so falls where the
@@ -49,6 +50,7 @@ RADIUS = 5  # cells
 BETA = 10
 STEPS = 2**8
 GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
+LEAKY = 0.4  # share of a mask above which a region counts that the mask covers by less than half
 SPLIT = 0.2  # share of a mask that makes a fragment an instance of its own
 SAME = 0.5  # IoU above which two results are one
 LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region (0) and the highest (1)
@@ -67,13 +69,13 @@ class RefinedMasks:
         scores: float64 [K]: score of the mask it came from times IoU of the result with the fragment it came from; of
             merged ones the highest.
         sources: for each, the indices of the masks it came from, ascending.
-        dropped: indices of masks of which nothing was left.
+        shape: height and width of the picture.
     """
 
     rle: list[dict[str, Any]]
     scores: NDArray[np.float64]
     sources: list[list[int]]
-    dropped: list[int]
+    shape: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.rle)
@@ -81,6 +83,8 @@ class RefinedMasks:
     @property
     def masks(self) -> NDArray[np.bool_]:
         """bool [K, H, W]; made at each call."""
+        if not self.rle:
+            return np.zeros((0, *self.shape), np.bool_)
         masks: NDArray[np.bool_] = np.moveaxis(codec.decode(self.rle), -1, 0).astype(np.bool_)
         return masks
 
@@ -129,9 +133,9 @@ def propagate(
         sources.append([index])
     runs, kept, sources = _merge(runs, kept, sources)
     order = sorted(range(len(runs)), key=lambda i: (-kept[i], runs[i]["counts"]))
-    dropped = sorted(set(range(len(masks))) - {index for indices in sources for index in indices})
+    height, width = probability.shape
     return RefinedMasks(
-        [runs[i] for i in order], np.array([kept[i] for i in order]), [sources[i] for i in order], dropped
+        [runs[i] for i in order], np.array([kept[i] for i in order]), [sources[i] for i in order], (height, width)
     )
 
 
@@ -152,7 +156,7 @@ def _fragments(
     for index, mask in enumerate(masks):
         box = _box(mask)
         held = np.bincount(regions[box][mask[box]], minlength=count)
-        counting = (held >= SPLIT * held.sum()) | (2 * held >= areas) & (held > 0)
+        counting = (held >= LEAKY * held.sum()) | (2 * held >= areas) & (held > 0)
         chosen = np.flatnonzero(counting)
         number = np.full(count, -1, np.int32)
         number[chosen] = np.arange(len(chosen), dtype=np.int32)
