@@ -10,8 +10,9 @@
    the straight path from i to j)^β for cells within a radius of 5, as in IRNet (Ahn et al., CVPR 2019), rows
    normalised, 2⁸ steps. The background, i.e. the rest of the region, spreads the same way and so falls where the
    mask's share rises. The results at three levels between the lowest and the highest share, the whole region and the
-   fragment as it was are compared: the one with the strongest edges along its outline stays. A result that has less
-   than half in common with the fragment (IoU) is none: edges may move an outline, not choose another thing.
+   fragment as it was (also without its holes) are compared: the one with the strongest edges along its outline stays,
+   the fragment itself unless another is stronger by MARGIN. What has an IoU under ALIKE with the fragment is not
+   taken: edges may move an outline, not choose another thing. The same is asked of an unsplit mask as a whole.
 4. Merge. While any two results have IoU > 0.5, all that hang together so become one, at once, so that the order of
    the masks doesn't matter.
 
