@@ -193,6 +193,13 @@ def test_a_photo_that_cannot_be_read(run: Run) -> None:
     assert [r["image_id"] for r in written()] == [791]
 
 
+def test_a_photo_that_is_a_folder(run: Run) -> None:
+    Path("photos/000000000790.png").unlink()
+    Path("photos/000000000790.png").mkdir()
+    result = run([entry(), entry(image_id=791)], "--skip-bad")
+    assert result.exit_code == 0 and "image 790 has no photo" in result.stderr
+
+
 def test_missing_files(run: Run, tiny_engine: Path) -> None:
     result = run([entry()], "--annotations", "gone.json")
     assert result.exit_code == 1 and "error: gone.json: No such file" in result.stderr

@@ -13,8 +13,8 @@ import click
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.parts import Parts
-from trace_sdk.cli.photos import PhotoJob, find_photos
-from trace_sdk.errors import ImageError, InputError
+from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.errors import InputError
 
 
 @click.command("instances", context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,7 +92,7 @@ def command(
                 file_name = (job.relative if names[job.relative] == 1 else job.photo).as_posix()
                 picture = out / f"{job.name}.instances.jpg"
                 try:
-                    key = parts.key(_bytes(job), file_name.encode(), str(job.name).encode())
+                    key = parts.key(read_photo(job.photo), file_name.encode(), str(job.name).encode())
                     part = parts.get(key) if picture.is_file() else None
                     if part is None:
                         found = detector.run(job.photo).instances(threshold, min_area=min_area)
@@ -128,18 +128,12 @@ def command(
         raise click.exceptions.Exit(FAILED)
 
 
-def _bytes(job: PhotoJob) -> bytes:
-    try:
-        return job.photo.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{job.photo}: {error.strerror}. Check the name and its permissions.") from error
-
-
 def _together(parts: list[dict[str, Any]], made_with: dict[str, Any]) -> dict[str, Any]:
     """One COCO data set, ids counted through from 1."""
     from trace_sdk.instances.coco import CATEGORY
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, part in enumerate(parts, start=1):
         images.append({**part["image"], "id": image_id})
         for annotation in part["annotations"]:

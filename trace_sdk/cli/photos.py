@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.errors import OutputError
+from trace_sdk.errors import ImageError, OutputError
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _OURS = (".edges.png", ".edges.tif", ".overlay.jpg", ".instances.jpg")
@@ -40,6 +40,14 @@ def find_photos(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file. Give a folder with -o.")
     return jobs
+
+
+def read_photo(photo: Path) -> bytes:
+    """The file as it is. Raises ImageError if it cannot be read."""
+    try:
+        return photo.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{photo}: {error.strerror}. Check the name and its permissions.") from error
 
 
 def _found(arguments: Iterable[str]) -> list[PhotoJob]:

@@ -12,6 +12,7 @@ import click
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import errors, output, progress, say_error
 from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.photos import read_photo
 from trace_sdk.errors import DatasetError, InputError
 
 if TYPE_CHECKING:
@@ -107,25 +108,24 @@ def command(
         with progress("refine", total=len(predictions.images)) as advance:
             for image in predictions.images:
                 given += len(image.entries)
-                key = parts.key(image.photo.read_bytes(), json.dumps([image.id, image.size, image.entries]).encode())
-                part = parts.get(key)
-                if part is None and image.entries:
-                    bad_before, began = bad, time.perf_counter()
-                    try:
+                try:
+                    key = parts.key(read_photo(image.photo), json.dumps([image.id, image.size, image.entries]).encode())
+                    part = parts.get(key)
+                    if part is None and image.entries:
+                        bad_before, began = bad, time.perf_counter()
                         edges = detector.run(image.photo)
-                    except InputError as error:
-                        on_bad(error)
-                        part = []
-                    else:
                         found = time.perf_counter()
                         height, width = edges.probability.shape
                         part = _refine(edges, image, decode_entries(image, height, width, masks, on_bad), threshold)
                         edge_seconds += found - began
                         refine_seconds += time.perf_counter() - found
                         fresh += 1
-                    # What was bad is to be listed again by the next run.
-                    if bad == bad_before:
-                        parts.put(key, part)
+                        # What was bad is to be listed again by the next run.
+                        if bad == bad_before:
+                            parts.put(key, part)
+                except InputError as error:
+                    on_bad(error)
+                    part = None
                 refined += part or []
                 done += 1
                 advance(note=image.photo.name)

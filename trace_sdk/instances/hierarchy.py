@@ -103,7 +103,7 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     found = _find_pieces(edges)
     pairs, lengths, totals = _find_borders(found, edges)
     merges, heights = merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
-    areas = np.bincount(found.ravel()) * (probability.size / found.size)
+    areas = np.bincount(found.ravel()).astype(np.float64) * (probability.size / found.size)
     return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
 
 
@@ -157,7 +157,7 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
 def _find_pieces(edges: NDArray[np.float32]) -> NDArray[np.int32]:
     """Watershed from the minima of the smoothed map; ridge pixels go to the side that reaches them first."""
     calm = np.rint(gaussian_filter(edges, _SMOOTH, mode="nearest") * _LEVELS).astype(np.uint8)
-    markers, count = label(local_minima(calm))
+    markers, count = label(local_minima(calm))  # type: ignore[no-untyped-call]
     if count < 2:
         return np.zeros(edges.shape, np.int32)
     return np.asarray(watershed(edges, markers), np.int32) - 1  # type: ignore[no-untyped-call]
@@ -251,7 +251,7 @@ def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.in
         above, left = int(y < 0), int(x < 0)
         i, j = np.nonzero(mixed[1 - above : rows + 1 - above, 1 - left : columns + 1 - left])
         four = [corner[i + 1 - above, j + 1 - left] for corner in around]
-        share = np.float32([[1 - y % 1], [y % 1]]) * np.float32([1 - x % 1, x % 1])
+        share = np.outer((1 - y % 1, y % 1), (1 - x % 1, x % 1)).astype(np.float32)
         best, chosen = np.float32(0), four[0]
         for candidate in four:
             votes = sum(weight * (corner == candidate) for weight, corner in zip(share.ravel(), four, strict=True))

@@ -246,7 +246,8 @@ class _Walk:
                 strength = outline_strength(candidate, self._probability[box])
                 if strength > strongest:
                     best, strongest = candidate, strength
-        return best[inside]
+        kept: NDArray[np.bool_] = best[inside]
+        return kept
 
     def _lift(self) -> csr_matrix:
         """Bilinear interpolation from cells to pixels, from cells of the pixel's own region only: [H · W, cells]."""
@@ -345,7 +346,7 @@ def _merge(
     """Step 4: unions of what hangs together by IoU > SAME, until no pair does."""
     while len(runs) > 1:
         overlap = codec.iou(runs, runs, [0] * len(runs))
-        group = components(np.argwhere(np.triu(overlap > SAME, 1)), len(runs))
+        group = components(np.argwhere(np.triu(overlap > SAME, 1)).astype(np.int32), len(runs))
         if group.max() + 1 == len(runs):
             break
         members = [np.flatnonzero(group == number).tolist() for number in range(group.max() + 1)]
@@ -385,4 +386,4 @@ def _box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 def _block_means(mask: NDArray[np.bool_], step: int) -> NDArray[np.float32]:
     """Share of each step × step block that lies in the mask; blocks at the rim are smaller."""
     picture = PIL.Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    return np.asarray(picture.reduce(step), np.float32) / 255
+    return np.asarray(picture.reduce(step), np.float32) / np.float32(255)

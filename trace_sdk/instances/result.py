@@ -226,4 +226,5 @@ def _palette(count: int) -> NDArray[np.uint8]:
     """Distinct colours, uint8 [count, 3]: hues by the golden ratio, so that consecutive ones differ."""
     hues = (np.arange(count) * 0.618034) % 1
     colours = np.array([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).reshape(-1, 3)
-    return np.rint(colours * 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
+    return levels
