@@ -2,7 +2,7 @@
 
 1. Regions. The picture is cut with the edges as separators (`EdgeMap.instances`). What a mask has in a region is a
    fragment.
-2. Split. A region counts for a mask if half of it lies in the mask, or LEAKY of the mask in it; the rest is a loose
+2. Split. A region counts for a mask if half of it lies in the mask, or half of the mask in it; the rest is a loose
    border and is left out. Regions that count are joined where the border between them is weaker than INNER times the
    mask's own outline; of those left, one with less than SPLIT of the mask joins its neighbour behind the weakest
    border. Each that is left becomes an instance.
@@ -51,7 +51,6 @@ RADIUS = 5  # cells
 BETA = 10
 STEPS = 2**8
 GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
-LEAKY = 0.4  # share of a mask above which a region counts that the mask covers by less than half
 SPLIT = 0.2  # share of a mask that makes a fragment an instance of its own
 SAME = 0.5  # IoU above which two results are one
 LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region (0) and the highest (1)
@@ -157,7 +156,7 @@ def _fragments(
     for index, mask in enumerate(masks):
         box = _box(mask)
         held = np.bincount(regions[box][mask[box]], minlength=count)
-        counting = (held >= LEAKY * held.sum()) | (2 * held >= areas) & (held > 0)
+        counting = (2 * held >= np.minimum(areas, held.sum())) & (held > 0)
         chosen = np.flatnonzero(counting)
         number = np.full(count, -1, np.int32)
         number[chosen] = np.arange(len(chosen), dtype=np.int32)
