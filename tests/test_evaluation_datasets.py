@@ -22,8 +22,9 @@ from scipy.io import savemat
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.baselines import canny, lab_gradient
-from trace_sdk.evaluation.datasets import _expand_runs, instance_boundaries, open_dataset
+from trace_sdk.evaluation.datasets import instance_boundaries, open_dataset
 from trace_sdk.evaluation.evaluate import annotator_agreement
+from trace_sdk.instances.coco import decode_mask
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -98,7 +99,7 @@ def test_coco_run_lengths_and_crowds(tmp_path: Path) -> None:
 @given(arrays(np.bool_, (11, 7)))
 def test_compressed_run_lengths(mask: np.ndarray[Any, Any]) -> None:
     counts = codec.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
-    assert (_expand_runs({"size": [11, 7], "counts": counts}, 11, 7) == mask).all()
+    assert (decode_mask({"size": [11, 7], "counts": counts}, 11, 7) == mask).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,7 +107,7 @@ def test_compressed_run_lengths(mask: np.ndarray[Any, Any]) -> None:
 def test_random_run_lengths_are_refused(counts: str) -> None:
     # pycocotools itself corrupts memory on some of these.
     with pytest.raises(ValueError, match="run lengths"):
-        _expand_runs({"size": [211, 307], "counts": counts}, 211, 307)
+        decode_mask({"size": [211, 307], "counts": counts}, 211, 307)
 
 
 def test_bsds_has_a_map_for_each_annotator(tmp_path: Path) -> None:

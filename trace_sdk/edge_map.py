@@ -6,9 +6,12 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -18,12 +21,18 @@ from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_whole
-from trace_sdk.errors import ArgumentError, OutputError
+from trace_sdk.errors import ArgumentError, MissingExtraError, OutputError
 from trace_sdk.images import ImageInput, read_image
+
+if TYPE_CHECKING:
+    from trace_sdk.instances.hierarchy import Hierarchy
+    from trace_sdk.instances.propagation import RefinedMasks
+    from trace_sdk.instances.result import Instances
 
 OVERLAY_COLOUR = (255, 32, 96)
 _SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 PEN = 800  # longest side, in pixels, for each pixel of the pen to either side
+SPECK = 3e-4  # share of the picture below which a region is no instance unless asked for
 _TIFF_DESCRIPTION = 270
 
 
@@ -63,11 +72,90 @@ class EdgeMap:
         Raises:
             ArgumentError: `threshold` outside [0, 1].
         """
+        return self.probability >= self._checked(threshold)
+
+    def instances(self, threshold: float | None = None, *, min_area: int | None = None) -> Instances:
+        """The picture cut into instances with the edges as separators (paper section 3.5).
+
+        A border between two regions stays if the edge probability along it is `threshold` or more on average.
+        The first call finds the nested partitions of all thresholds; each further one only cuts them.
+
+        Args:
+            threshold: in [0, 1], from fine (0) to coarse (1); None: the engine's own.
+            min_area: pixels; a smaller region joins the neighbour behind its weakest border. None: 3 in 10,000
+                of the picture, at least 16.
+
+        Raises:
+            ArgumentError: `threshold` or `min_area` is out of range.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        cut_at, least = self._checked(threshold), self._least(min_area)
+        with _needs_extra():
+            from trace_sdk.instances.hierarchy import enlarge
+            from trace_sdk.instances.result import Instances
+
+            hierarchy = self.hierarchy
+        regions, scores = hierarchy.cut(cut_at, least)
+        made_with = {**self.info, "threshold": float(cut_at), "min_area": least}
+        labels = enlarge((regions + np.int32(1))[hierarchy.pieces], self.probability.shape)
+        return Instances(labels, scores.astype(np.float32), self.rgb, made_with)
+
+    def refine(
+        self, masks: NDArray[Any], scores: Sequence[float] | None = None, *, threshold: float | None = None
+    ) -> RefinedMasks:
+        """Masks of any source, made to agree with the edges: Background-Guided Propagation (paper section 3.5).
+
+        Neighbours in one mask are split, gaps and holes are closed, what spills over an edge is cut off, masks of one
+        thing are merged. The answer doesn't depend on the order of the masks.
+
+        Args:
+            masks: bool [K, H, W], or integers of which 0 is outside; as large as the input, none of them empty.
+            scores: of the masks, K finite numbers; None: all 1.
+            threshold: of the edges that separate, in [0, 1]; None: the engine's own.
+
+        Raises:
+            ArgumentError: masks have another size or dtype, one is empty, `scores` or `threshold` is out of range.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        given = np.asarray(masks)
+        if given.dtype.kind not in "bui" or given.ndim != 3 or given.shape[1:] != self.probability.shape:
+            raise ArgumentError(
+                f"masks are {given.dtype} {list(given.shape)}; expected bool or integers "
+                f"[K, {self.probability.shape[0]}, {self.probability.shape[1]}], as large as the picture."
+            )
+        inside = given.astype(np.bool_, copy=False)
+        if len(empty := np.flatnonzero(~inside.any(axis=(1, 2)))):
+            raise ArgumentError(f"Mask {empty[0]} is empty. Leave out masks without a pixel.")
+        weights = np.ones(len(inside)) if scores is None else np.asarray(scores, np.float64)
+        if weights.shape != (len(inside),) or not np.isfinite(weights).all():
+            raise ArgumentError(f"scores are {scores!r}; expected {len(inside)} finite numbers, one a mask.")
+        cut_at = self._checked(threshold)
+        with _needs_extra():
+            from trace_sdk.instances.propagation import propagate
+
+            return propagate(self.probability, self.hierarchy, cut_at, self._least(None), inside, weights)
+
+    @cached_property
+    def hierarchy(self) -> Hierarchy:
+        """Nested partitions of the picture, for all thresholds; made once, at the first use."""
+        from trace_sdk.instances.hierarchy import build_hierarchy
+
+        seen = self.info.get("network_size")
+        return build_hierarchy(self.probability, max(seen) if seen else None)
+
+    def _least(self, min_area: int | None) -> int:
+        if min_area is None:
+            return max(16, round(self.probability.size * SPECK))
+        if isinstance(min_area, bool) or not isinstance(min_area, (int, np.integer)) or min_area < 0:
+            raise ArgumentError(f"min_area={min_area!r} must be a whole number of pixels, 0 or more.")
+        return int(min_area)
+
+    def _checked(self, threshold: float | None) -> float:
         if threshold is None:
-            threshold = self.threshold
+            return self.threshold
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold={threshold} must be in [0, 1].")
-        return self.probability >= threshold
+        return threshold
 
     def overlay(self, image: ImageInput | None = None) -> PIL.Image.Image:
         """The ridges of the edges drawn over the input, or over another `image` of the same size: RGB, W x H.
@@ -143,6 +231,16 @@ class EdgeMap:
         height, width = self.probability.shape
         engine = self.info.get("engine")
         return f"EdgeMap({width}x{height}, engine={engine!r}, threshold={self.threshold:.3g})"
+
+
+@contextmanager
+def _needs_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"Instances need {error.name}, which is not installed. Run: pip install 'trace-sdk[instances]'"
+        ) from error
 
 
 def _thin(probability: NDArray[np.float32], magnification: float) -> NDArray[np.float32]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -15,16 +10,8 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
-from trace_sdk.errors import InputError, OutputError
-
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-_OURS = (".edges.png", ".edges.tif", ".overlay.jpg")
-
-
-@dataclass(frozen=True)
-class _Job:
-    photo: Path
-    name: Path  # of the photo inside the output folder
+from trace_sdk.cli.photos import find_photos
+from trace_sdk.errors import InputError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,12 +82,7 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; finished files are whole, run it again to go on
     """
-    jobs = _named(_found(photos))
-    if not jobs:
-        suffixes = " ".join(sorted(PHOTO_SUFFIXES))
-        raise click.UsageError(f"No photo found in {', '.join(photos)}. In folders, photos are: {suffixes}")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file. Give a folder with -o.")
+    jobs = find_photos(photos, out)
 
     from trace_sdk.detector import EdgeDetector
 
@@ -159,56 +141,3 @@ def numbers(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")] if text is not None else None
     except ValueError:
         raise click.UsageError(f"--buckets {text}: give whole numbers of pixels, for example 256,352,448") from None
-
-
-def _found(arguments: Iterable[str]) -> list[_Job]:
-    """Every photo once, in the order of the arguments, folders sorted by name."""
-    jobs: dict[Path, _Job] = {}
-    for argument in arguments:
-        for job in _expanded(argument):
-            jobs.setdefault(job.photo.absolute(), job)
-    return list(jobs.values())
-
-
-def _expanded(argument: str) -> Iterator[_Job]:
-    if not os.path.lexists(argument) and glob.has_magic(argument):
-        # Path.glob refuses absolute patterns.
-        for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207
-            yield from _file_or_folder(Path(match))
-    else:
-        yield from _file_or_folder(Path(argument))
-
-
-def _file_or_folder(path: Path) -> Iterator[_Job]:
-    if not path.is_dir():
-        yield _Job(path, Path(path.name))
-        return
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            hidden_or_ours = name.startswith(".") or name.endswith(_OURS)
-            if Path(name).suffix.lower() in PHOTO_SUFFIXES and not hidden_or_ours:
-                photo = Path(folder, name)
-                yield _Job(photo, photo.relative_to(path))
-
-
-def _named(jobs: list[_Job]) -> list[_Job]:
-    """Results named by stem; by full name where stems clash; numbered in order where names clash, too."""
-    stems = Counter(_key(job.name.with_suffix("")) for job in jobs)
-    taken: set[str] = set()
-    named = []
-    for job in jobs:
-        stem = job.name.with_suffix("")
-        base = stem if stems[_key(stem)] == 1 else job.name
-        name, number = base, 1
-        while _key(name) in taken:
-            number += 1
-            name = base.with_name(f"{base.name}-{number}")
-        taken.add(_key(name))
-        named.append(_Job(job.photo, name))
-    return named
-
-
-def _key(name: Path) -> str:
-    # Some file systems take A.png and a.png for one file.
-    return str(name).casefold()

@@ -8,7 +8,6 @@ instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scene
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,67 +139,13 @@ def _open_coco(folder: Path) -> Dataset:
 
 
 def _decode_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
-    shape = annotation.get("segmentation")
+    from trace_sdk.instances.coco import decode_mask
+
     try:
-        if isinstance(shape, list):
-            return _fill_polygons(_polygons(shape, height, width), height, width)
-        return _expand_runs(shape, height, width)
+        return decode_mask(annotation.get("segmentation"), height, width)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         where = f"{file}: annotation {annotation.get('id')}"
         raise DatasetError(f"{where} has no readable mask ({_short(error)}). Correct or remove it.") from error
-
-
-def _fill_polygons(polygons: list[list[float]], height: int, width: int) -> NDArray[np.bool_]:
-    from pycocotools import mask as codec
-
-    runs = codec.merge(codec.frPyObjects(polygons, height, width))
-    return np.asarray(codec.decode([runs])[..., 0], np.bool_)
-
-
-def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
-    polygons = [[float(value) for value in polygon] for polygon in shape]
-    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
-        raise ValueError("a polygon needs at least three x, y pairs")
-    # The decoder allocates by coordinates, so wild ones must not reach it.
-    far = 2 * max(height, width)
-    if not all(math.isfinite(value) and abs(value) <= far for polygon in polygons for value in polygon):
-        raise ValueError("a polygon lies far outside the image")
-    return polygons
-
-
-def _expand_runs(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Mask of run lengths of 0, 1, 0, … down the columns.
-
-    Done here because pycocotools (2.0.11) writes past its buffers when the runs of a file are malformed.
-    """
-    if [int(side) for side in shape["size"]] != [height, width]:
-        raise ValueError(f"its size is {shape['size']}, the image's is {[height, width]}")
-    counts = shape["counts"]
-    runs = _decompress(counts) if isinstance(counts, str) else [int(count) for count in counts]
-    if min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise ValueError("its run lengths do not add up to the image")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _decompress(text: str) -> list[int]:
-    """Run lengths from COCO's compressed form: 5 bits a character, from the third on as differences."""
-    runs: list[int] = []
-    value = shift = 0
-    for code in text.encode("ascii"):
-        bits = code - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise ValueError("its compressed run lengths are damaged")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("its compressed run lengths are cut off")
-    return runs
 
 
 def _open_bsds(folder: Path) -> Dataset:

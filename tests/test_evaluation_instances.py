@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trace_sdk.errors import DatasetError
+from trace_sdk.evaluation.instances import score_masks
+from trace_sdk.instances.coco import encode_mask
+
+
+def strip(start: int, stop: int) -> Any:
+    mask = np.zeros((20, 100), np.bool_)
+    mask[:, start:stop] = True
+    return mask
+
+
+def truth(*masks: Any, **changes: Any) -> dict[str, Any]:
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 5 + i, "segmentation": encode_mask(mask), "area": int(mask.sum()),
+         "bbox": [0, 0, 1, 1], "iscrowd": 0, **changes}
+        for i, mask in enumerate(masks, 1)
+    ]  # fmt: skip
+    return {"images": [{"id": 1, "width": 100, "height": 20}], "annotations": annotations}
+
+
+def results(*masks: tuple[Any, float]) -> list[dict[str, Any]]:
+    return [{"image_id": 1, "segmentation": encode_mask(mask), "score": score} for mask, score in masks]
+
+
+A, B = strip(0, 40), strip(50, 90)
+
+
+@pytest.mark.parametrize(
+    ("found", "ap", "ap50", "ap75", "ar100"),
+    [
+        ([(A, 0.9), (B, 0.8)], 1, 1, 1, 1),
+        # Half of the recall at full precision: 51 of 101 points of recall.
+        ([(A, 0.9)], 51 / 101, 51 / 101, 51 / 101, 0.5),
+        # IoU 32 / 40 = .8 counts at .50 … .80, seven of ten thresholds.
+        ([(strip(0, 32), 0.9), (strip(50, 82), 0.8)], 0.7, 1, 1, 0.7),
+        # A false mask above both: precision 2 / 3 all along.
+        ([(strip(35, 60), 0.9), (A, 0.8), (B, 0.7)], 2 / 3, 2 / 3, 2 / 3, 1),
+        ([], 0, 0, 0, 0),
+    ],
+)
+def test_known_answers(found: list[Any], ap: float, ap50: float, ap75: float, ar100: float) -> None:
+    scores = score_masks(truth(A, B), results(*found))
+    assert (scores.ap, scores.ap50, scores.ap75, scores.ar100) == pytest.approx((ap, ap50, ap75, ar100))
+    assert (scores.images, scores.instances, scores.masks) == (1, 2, len(found))
+
+
+def test_crowds_are_neither_missed_nor_false() -> None:
+    data = truth(A, B)
+    data["annotations"][1]["iscrowd"] = 1
+    assert score_masks(data, results((A, 0.5), (B, 0.9))).ap == pytest.approx(1)
+
+
+def test_inputs_stay_as_they_are() -> None:
+    data, found = truth(A), results((A, 1))
+    before = repr((data, found))
+    score_masks(data, found)
+    assert repr((data, found)) == before
+
+
+def test_bad_input() -> None:
+    with pytest.raises(DatasetError, match="Results name image 2"):
+        score_masks(truth(A), [{**results((A, 1))[0], "image_id": 2}])
+    with pytest.raises(DatasetError, match="no image or no annotation"):
+        score_masks({"images": [], "annotations": []}, [])

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as codec
+
+from trace_sdk.edge_map import EdgeMap
+from trace_sdk.errors import ArgumentError
+from trace_sdk.instances.propagation import BETA, RADIUS, TAIL, outline_strength, spread, transition_matrix
+
+HEIGHT, WIDTH = 80, 120
+
+
+def map_of(*lines: tuple[Any, Any], strength: float = 1.0) -> EdgeMap:
+    """80 × 120 with edges on the given (rows, columns)."""
+    edges = np.zeros((HEIGHT, WIDTH), np.float32)
+    for line in lines:
+        edges[line] = strength
+    return EdgeMap(edges, np.zeros((HEIGHT, WIDTH, 3), np.uint8), 0.5)
+
+
+def box(top: int, bottom: int, left: int, right: int) -> Any:
+    mask = np.zeros((HEIGHT, WIDTH), np.bool_)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def iou(a: Any, b: Any) -> float:
+    return float(np.count_nonzero(a & b) / np.count_nonzero(a | b))
+
+
+# Two things side by side: rows 20 to 60, columns 20 to 60 and 60 to 100, an edge all around and between.
+PAIR = map_of(
+    *((slice(20, 61), column) for column in (20, 60, 100)), *((row, slice(20, 101)) for row in (20, 60))
+)  # fmt: skip
+LEFT, RIGHT = box(20, 61, 20, 60), box(20, 61, 60, 101)
+
+
+def dense_transition(edges: Any, regions: Any) -> Any:
+    """T straight from its definition, in float64, cell by cell."""
+    width = edges.shape[1]
+    a = np.eye(edges.size)
+    for i in range(edges.size):
+        for j in range(edges.size):
+            (y, x), (v, u) = divmod(i, width), divmod(j, width)
+            if i != j and np.hypot(v - y, u - x) <= RADIUS and regions[y, x] == regions[v, u]:
+                n = max(abs(v - y), abs(u - x))
+                # From the upper end, so that a path and its way back are one.
+                (y0, x0), (y1, x1) = sorted([(y, x), (v, u)], key=lambda p: (p[0], p[1]))
+                path = [edges[y0 + round((y1 - y0) * k / n), x0 + round((x1 - x0) * k / n)] for k in range(n + 1)]
+                a[i, j] = (1 - max(path)) ** BETA
+    return a / a.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape", [(9, 13), (3, 20), (1, 7)])
+def test_the_walk_is_256_applications_of_t(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    edges = rng.uniform(0, 0.6, shape).astype(np.float32) ** 2
+    regions = (np.indices(shape)[1] > shape[1] // 2).astype(np.int32)
+    seeds = rng.integers(0, 2, (3, *shape)).astype(np.float32)
+    dense = dense_transition(edges, regions)
+    assert np.abs(transition_matrix(edges, regions).toarray() - dense).max() < 1e-6
+    for seed in seeds.reshape(3, -1):
+        exact = np.linalg.matrix_power(dense, 256) @ seed
+        assert np.abs(spread(transition_matrix(edges, regions), seed, 256) - exact).max() <= 2 * TAIL
+        assert np.abs(exact - seed).max() > 0.2  # the walk does something
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_few_steps_are_exact(steps: int) -> None:
+    rng = np.random.default_rng(1)
+    edges, regions = rng.uniform(0, 0.3, (6, 8)).astype(np.float32), np.zeros((6, 8), np.int32)
+    seeds = rng.uniform(0, 1, 48).astype(np.float32)
+    exact = np.linalg.matrix_power(dense_transition(edges, regions), steps) @ seeds
+    assert np.abs(spread(transition_matrix(edges, regions), seeds, steps) - exact).max() < 1e-5
+
+
+def test_no_walk_through_a_wall_or_out_of_a_region() -> None:
+    edges = np.zeros((20, 20), np.float32)
+    edges[:, 10] = 1
+    seeds = np.zeros((20, 20), np.float32)
+    seeds[:, :10] = 1
+    one = np.zeros((20, 20), np.int32)
+    through = spread(transition_matrix(edges, one), seeds.ravel(), 256).reshape(20, 20)
+    assert np.allclose(through[:, :10], 1, atol=TAIL) and np.allclose(through[:, 10:], 0, atol=TAIL)
+    halves = (np.arange(20) >= 10).astype(np.int32) * np.ones((20, 1), np.int32)
+    stayed = spread(transition_matrix(np.zeros_like(edges), halves), seeds.ravel(), 256)
+    assert np.allclose(stayed, seeds.ravel(), atol=TAIL)
+
+
+def test_outline_strength() -> None:
+    assert outline_strength(LEFT, PAIR.probability) > 0.98
+    assert outline_strength(box(30, 50, 30, 50), PAIR.probability) == 0
+    assert outline_strength(np.ones((HEIGHT, WIDTH), np.bool_), PAIR.probability) == 0  # the rim is no outline
+    edges = np.zeros((HEIGHT, WIDTH), np.float32)
+    edges[:, 60] = 0.6
+    half = outline_strength(box(0, HEIGHT, 0, 60), edges)
+    assert half == pytest.approx(0.6)
+
+
+def test_merged_neighbours_are_split() -> None:
+    refined = PAIR.refine((LEFT | RIGHT)[None])
+    assert len(refined) == 2 and refined.sources == [[0], [0]]
+    assert max(iou(mask, LEFT) for mask in refined.masks) > 0.9
+    assert max(iou(mask, RIGHT) for mask in refined.masks) > 0.9
+
+
+def test_without_an_edge_between_them_they_are_one() -> None:
+    outer = map_of(*((slice(20, 61), column) for column in (20, 100)), *((row, slice(20, 101)) for row in (20, 60)))
+    refined = outer.refine((LEFT | RIGHT)[None])
+    assert len(refined) == 1 and iou(refined.masks[0], LEFT | RIGHT) > 0.93
+
+
+@pytest.mark.parametrize(
+    ("damaged", "what"),
+    [
+        (LEFT & ~box(35, 45, 32, 42), "a hole"),
+        (box(14, 66, 14, 60), "a loose border outside"),
+        (box(26, 55, 26, 55), "too small"),
+        (LEFT & ~box(20, 61, 36, 42), "a gap across"),
+        (LEFT | box(30, 50, 60, 85), "a spur over the edge"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damage_is_repaired(damaged: Any, what: str) -> None:
+    refined = PAIR.refine(damaged[None])
+    assert len(refined) == 1, what
+    assert iou(refined.masks[0], LEFT) > max(0.93, iou(damaged, LEFT)), what
+
+
+def test_halves_of_one_thing_become_one() -> None:
+    refined = PAIR.refine(np.stack([LEFT & box(0, 80, 0, 41), LEFT & box(0, 80, 39, 120)]), [0.5, 0.9])
+    assert len(refined) == 1 and refined.sources == [[0, 1]]
+    assert iou(refined.masks[0], LEFT) > 0.93
+    assert 0.4 < refined.scores[0] < 0.6  # .9 times an IoU of about a half
+
+
+def test_a_good_mask_stays_and_keeps_its_score() -> None:
+    refined = PAIR.refine(LEFT[None], [0.8])
+    assert iou(refined.masks[0], LEFT) > 0.93 and refined.scores[0] > 0.74
+
+
+def test_without_any_edge_a_mask_stays_as_it_is() -> None:
+    mask = box(10, 40, 15, 70)
+    refined = map_of().refine(mask[None], [0.7])
+    assert (refined.masks[0] == mask).all() and refined.scores.tolist() == [0.7]
+
+
+def test_copies_are_merged_and_the_best_score_stays() -> None:
+    refined = PAIR.refine(np.stack([LEFT, LEFT, RIGHT]), [0.2, 0.6, 0.4])
+    assert len(refined) == 2 and refined.sources[0] == [0, 1]
+    assert refined.scores[0] == pytest.approx(0.6, rel=0.08)
+
+
+def blobs(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(8):
+        top, left = rng.integers(0, 60), rng.integers(0, 90)
+        found.append(box(top, top + rng.integers(8, 40), left, left + rng.integers(8, 60)))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_the_masks_does_not_matter(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    noisy = EdgeMap(np.clip(PAIR.probability * 0.8 + rng.uniform(0, 0.3, (HEIGHT, WIDTH)), 0, 1).astype(np.float32),
+                    PAIR.rgb, 0.5)  # fmt: skip
+    masks, scores = blobs(seed), rng.uniform(0, 1, 8)
+    order = rng.permutation(8)
+    one, other = noisy.refine(masks, scores.tolist()), noisy.refine(masks[order], scores[order].tolist())
+    assert one.rle == other.rle and one.scores.tolist() == other.scores.tolist()
+    assert one.sources == [sorted(int(order[i]) for i in indices) for indices in other.sources]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10_000), arrays(np.float32, (10, 15), elements=st.floats(0, 1, width=32)))
+def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
+    edges = EdgeMap(np.repeat(np.repeat(coarse, 8, 0), 8, 1), PAIR.rgb, 0.5)
+    refined = edges.refine(blobs(seed))
+    overlap = codec.iou(refined.rle, refined.rle, [0] * len(refined))
+    assert (overlap - np.eye(len(refined)) <= 0.5).all()
+    assert {index for indices in refined.sources for index in indices} <= set(range(8))
+    assert all(mask.any() for mask in refined.masks) and ((refined.scores > 0) & (refined.scores <= 1)).all()
+
+
+def test_no_masks() -> None:
+    refined = PAIR.refine(np.zeros((0, HEIGHT, WIDTH), np.bool_))
+    assert len(refined) == 0 and refined.masks.shape == (0, HEIGHT, WIDTH) and refined.scores.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("masks", "scores", "message"),
+    [
+        (LEFT, None, r"masks are bool \[80, 120\]; expected bool or integers \[K, 80, 120\]"),
+        (LEFT[None, :, :-1], None, r"masks are bool \[1, 80, 119\]"),
+        (LEFT[None].astype(np.float32), None, r"masks are float32"),
+        (np.stack([LEFT, LEFT & RIGHT]), None, "Mask 1 is empty"),
+        (LEFT[None], [1.0, 2.0], "expected 1 finite numbers"),
+        (LEFT[None], [float("nan")], "expected 1 finite numbers"),
+    ],
+)
+def test_bad_masks(masks: Any, scores: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        PAIR.refine(masks, scores)

@@ -1,0 +1,142 @@
+"""`trace-sdk instances`: photos in, pictures of their instances and one COCO file out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trace_sdk.atomic import write_text, write_whole
+from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.errors import InputError
+
+
+@click.command("instances", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option(
+    "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="From fine (0) to coarse (1): how strong a border must be on average.  [default: the engine's own]",
+)
+@click.option(
+    "--min-area",
+    type=click.IntRange(min=0),
+    help="Smaller regions, in pixels, join a neighbour.  [default: 3 in 10,000 of the picture]",
+)
+@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
+@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+def command(
+    photos: tuple[str, ...],
+    out: Path,
+    threshold: float | None,
+    min_area: int | None,
+    engine: str | None,
+    device: str,
+    size: int | None,
+) -> None:
+    """Cut photos into instances along their edges.
+
+    PHOTO is a file, a folder (searched with its sub-folders, which are kept), or a quoted pattern. Each photo gives
+    OUT/NAME.instances.jpg, its instances in colour; all of them together OUT/instances.json, a COCO data set with
+    RLE masks, boxes, areas and scores. Every pixel belongs to an instance: edges say where things end, not what
+    they are, so sky and wall are instances, too. Scores tell a clean outline from a vague one.
+
+    \b
+    Examples:
+      trace-sdk instances street.jpg -o out/
+      trace-sdk instances holiday/ -o out/ --threshold 0.6      fewer, larger instances
+      trace-sdk instances 'shots/*.png' -o out/ --min-area 400
+
+    A photo that is done is not done again unless it, the engine or an option has changed; what is done is kept in
+    OUT/.instances. A file that cannot be read is reported and the others are still done.
+
+    \b
+    Exit code:
+      0    all photos done
+      1    a photo, the engine, the device or the output folder failed (see stderr)
+      2    wrong usage, or no photo found
+      130  interrupted; finished pictures are whole, run it again to go on
+    """
+    jobs = find_photos(photos, out)
+
+    from trace_sdk import __version__
+    from trace_sdk.detector import EdgeDetector
+
+    start = time.perf_counter()
+    detector = EdgeDetector(engine, device=device, size=size)
+    made_with = {
+        "version": __version__,
+        "engine": detector.info["engine"],
+        "engine_sha256": detector.info["engine_sha256"],
+        "size": detector.size,
+        "threshold": detector.info["threshold"] if threshold is None else threshold,
+        "min_area": min_area,
+    }
+    parts = Parts(out / ".instances", made_with)
+    names = Counter(job.relative for job in jobs)
+    done: list[dict[str, Any]] = []
+    failed = skipped = 0
+    try:
+        with progress("instances", total=len(jobs)) as advance:
+            for job in jobs:
+                file_name = (job.relative if names[job.relative] == 1 else job.photo).as_posix()
+                picture = out / f"{job.name}.instances.jpg"
+                try:
+                    key = parts.key(read_photo(job.photo), file_name.encode(), str(job.name).encode())
+                    part = parts.get(key) if picture.is_file() else None
+                    if part is None:
+                        found = detector.run(job.photo).instances(threshold, min_area=min_area)
+                        with write_whole(picture) as file:
+                            found.plot().save(file, "JPEG", quality=92)
+                        coco = found.to_coco(file_name=file_name)
+                        part = {"image": coco["images"][0], "annotations": coco["annotations"]}
+                        parts.put(key, part)
+                    else:
+                        skipped += 1
+                except InputError as error:
+                    failed += 1
+                    say_error(error)
+                else:
+                    done.append(part)
+                advance(note=job.photo.name)
+    except KeyboardInterrupt:
+        errors.print(f"{len(done)} of {len(jobs)} photos done, each whole.")
+        raise
+    write_text(out / "instances.json", json.dumps(_together(done, made_with)))
+    seconds = time.perf_counter() - start
+    count = sum(len(part["annotations"]) for part in done)
+    trouble = f", {failed} failed" if failed else ""
+    earlier = f" ({skipped} were done already)" if skipped else ""
+    output.print(
+        f"{len(done)} photo{'' if len(done) == 1 else 's'}{earlier} → {out}{trouble}: {count} instances in "
+        f"{out / 'instances.json'}, total {seconds:.1f} s ({made_with['engine']} on {detector.info['device']}, "
+        f"size {detector.size}, threshold {made_with['threshold']:.3g})",
+        markup=False,
+        soft_wrap=True,
+    )
+    if failed:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _together(parts: list[dict[str, Any]], made_with: dict[str, Any]) -> dict[str, Any]:
+    """One COCO data set, ids counted through from 1."""
+    from trace_sdk.instances.coco import CATEGORY
+
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, part in enumerate(parts, start=1):
+        images.append({**part["image"], "id": image_id})
+        for annotation in part["annotations"]:
+            annotations.append({**annotation, "id": len(annotations) + 1, "image_id": image_id})
+    info = {"description": "Instances from edges, made by trace-sdk", **made_with}
+    return {"info": info, "images": images, "categories": [CATEGORY], "annotations": annotations}

@@ -1,0 +1,184 @@
+"""`trace-sdk refine`: masks of other methods in, masks that agree with the edges out."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trace_sdk.atomic import write_text
+from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.photos import read_photo
+from trace_sdk.errors import DatasetError, InputError
+
+if TYPE_CHECKING:
+    from trace_sdk.edge_map import EdgeMap
+    from trace_sdk.instances.predictions import PredictedImage
+
+
+@click.command("refine", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--masks", required=True, type=click.Path(path_type=Path), help="COCO results or data set with masks.")
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of their photos.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The refined masks, a JSON file.")
+@click.option(
+    "--annotations",
+    type=click.Path(path_type=Path),
+    help="A COCO data set that names the images (and categories) of a list of results.  [default: image 790 is "
+    "the photo whose name ends in that number]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="How strong an edge must be to separate, on average.  [default: the engine's own]",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out entries and photos that cannot be used, list them, go on.")
+@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
+@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+def command(
+    masks: Path,
+    images: Path,
+    out: Path,
+    annotations: Path | None,
+    threshold: float | None,
+    skip_bad: bool,
+    engine: str | None,
+    device: str,
+    size: int | None,
+) -> None:
+    """Make masks of other methods agree with the edges of their photos.
+
+    Neighbours in one mask are split, gaps and holes closed, what spills over an edge is cut off, masks of one thing
+    merged (Background-Guided Propagation). MASKS is what CutLER, U2Seg (lists of results), MaskCut or ProMerge (data
+    sets) wrote: compressed RLE, plain run lengths or polygons. OUT has the same form, with compressed RLE.
+
+    \b
+    Examples:
+      trace-sdk refine --masks pred.json --images val2017/ -o refined.json
+      trace-sdk refine --masks pred.json --images val/ --annotations val.json -o refined.json --skip-bad
+
+    \b
+    Scores: a refined mask has the score of the mask it came from (1 where there is none) times the IoU with it;
+    of merged masks the highest. Masks are only merged within their category. Crowd regions stay as they are.
+
+    What is done is kept in OUT.parts/; a run that was cut goes on there. The folder may be deleted afterwards.
+    Results can only be as good as the edges: measure on a few annotated photos first (docs/instances.md).
+
+    \b
+    Exit code:
+      0    done (with --skip-bad: what could be used; the rest is listed on stderr)
+      1    an entry, a photo, the engine or the output failed (see stderr)
+      2    wrong usage
+      130  interrupted; run it again to go on
+    """
+    from trace_sdk import __version__
+    from trace_sdk.detector import EdgeDetector
+    from trace_sdk.instances.predictions import decode_entries, read_predictions
+
+    bad = 0
+
+    def on_bad(error: InputError | DatasetError) -> None:
+        nonlocal bad
+        if not skip_bad:
+            raise error
+        bad += 1
+        say_error(error)
+
+    start = time.perf_counter()
+    predictions = read_predictions(masks, images, annotations, on_bad)
+    if not predictions.images:
+        raise DatasetError(f"{masks} has no mask of a photo in {images}. Give the folder of its photos.")
+    detector = EdgeDetector(engine, device=device, size=size)
+    made_with = {
+        "version": __version__,
+        "engine": detector.info["engine"],
+        "engine_sha256": detector.info["engine_sha256"],
+        "size": detector.size,
+        "threshold": detector.info["threshold"] if threshold is None else threshold,
+    }
+    parts = Parts(out.with_name(f"{out.name}.parts"), made_with)
+    refined: list[dict[str, Any]] = []
+    edge_seconds = refine_seconds = 0.0
+    given = fresh = done = 0
+    try:
+        with progress("refine", total=len(predictions.images)) as advance:
+            for image in predictions.images:
+                given += len(image.entries)
+                try:
+                    key = parts.key(read_photo(image.photo), json.dumps([image.id, image.size, image.entries]).encode())
+                    part = parts.get(key)
+                    if part is None and image.entries:
+                        bad_before, began = bad, time.perf_counter()
+                        edges = detector.run(image.photo)
+                        found = time.perf_counter()
+                        height, width = edges.probability.shape
+                        part = _refine(edges, image, decode_entries(image, height, width, masks, on_bad), threshold)
+                        edge_seconds += found - began
+                        refine_seconds += time.perf_counter() - found
+                        fresh += 1
+                        # What was bad is to be listed again by the next run.
+                        if bad == bad_before:
+                            parts.put(key, part)
+                except InputError as error:
+                    on_bad(error)
+                    part = None
+                refined += part or []
+                done += 1
+                advance(note=image.photo.name)
+    except KeyboardInterrupt:
+        errors.print(f"{done} of {len(predictions.images)} images done and kept.")
+        raise
+    result: Any = refined
+    if predictions.content is not None:
+        numbered = [{"id": number, "iscrowd": 0, **entry} for number, entry in enumerate(refined, start=1)]
+        described = predictions.content.get("info")
+        info = {**(described if isinstance(described, dict) else {}), "trace_sdk": made_with}
+        result = {**predictions.content, "info": info, "annotations": numbered}
+    write_text(out, json.dumps(result))
+    speed = ""
+    if fresh:
+        speed = (
+            f"; edges {edge_seconds / fresh * 1e3:.0f} ms, refinement {refine_seconds / fresh * 1e3:.0f} ms an image "
+            f"(overhead {refine_seconds / max(edge_seconds, 1e-9):.0%}, {fresh / max(refine_seconds, 1e-9):.1f} "
+            "images/s beyond the edges)"
+        )
+    kept = f", {done - fresh} were done already or have no masks" if done > fresh else ""
+    trouble = f", {bad} bad left out" if bad else ""
+    output.print(
+        f"{given} masks in {done} images → {len(refined)} in {out}{kept}{trouble}; "
+        f"total {time.perf_counter() - start:.1f} s{speed}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _refine(
+    edges: EdgeMap,
+    image: PredictedImage,
+    decoded: list[tuple[dict[str, Any], Any]],
+    threshold: float | None,
+) -> list[dict[str, Any]]:
+    """Results of one image, category by category, crowd regions first."""
+    import numpy as np
+
+    from trace_sdk.instances.coco import as_result, encode_mask
+
+    results = [
+        as_result(image.id, entry.get("category_id"), encode_mask(mask), entry.get("score", 1.0), crowd=True)
+        for entry, mask in decoded
+        if entry.get("iscrowd")
+    ]
+    things = [(entry, mask) for entry, mask in decoded if not entry.get("iscrowd")]
+    for category in dict.fromkeys(entry.get("category_id") for entry, _ in things):
+        own = [(entry, mask) for entry, mask in things if entry.get("category_id") == category]
+        found = edges.refine(
+            np.stack([mask for _, mask in own]), [entry.get("score", 1.0) for entry, _ in own], threshold=threshold
+        )
+        results += [
+            as_result(image.id, category, rle, score) for rle, score in zip(found.to_coco(), found.scores, strict=True)
+        ]
+    return results
