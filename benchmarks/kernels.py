@@ -270,7 +270,7 @@ def measure(case: Case, device: str, runs: int, peaks: Peaks, ways: list[str]) -
     for row in rows:
         if "warm_ms" in row and "warm_ms" in baseline:
             row["speedup"] = baseline["warm_ms"]["p50"] / row["warm_ms"]["p50"]
-            row["memory_ratio"] = baseline["peak_mib"] / max(row["peak_mib"], 1e-3)
+            row["memory_ratio"] = baseline["peak_mib"] / max(row["peak_mib"], 1)  # less than 1 MiB is noise
     return rows
 
 
@@ -370,9 +370,7 @@ def main() -> int:
     peaks = measured_peaks(options.device)
     rows = [row for case in cases for row in measure(case, options.device, runs, peaks, ways)]
     result = {
-        "device": torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": name_of(options.device),
         "hardware": hardware(),
         "versions": versions(["torch", "triton", "numpy"]),
         "commit": commit(),

@@ -28,7 +28,7 @@ def name_of(device: str) -> str:
     """The GPU's name, or the CPU's with the threads in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{hardware()['cpu']}, {torch.get_num_threads()} threads"
+    return f"{hardware()['cpu']}, threads: {torch.get_num_threads()}"
 
 
 def peak_on_cuda(run: Callable[[], object]) -> float:
