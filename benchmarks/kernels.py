@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from on_device import NO_GPU, options_of, peak_on_cpu, peak_on_cuda
+from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor
 from trace_sdk.kernels import (
     abdiv,
