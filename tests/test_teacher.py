@@ -1,5 +1,6 @@
 """The teacher end to end on a tiny real backbone: determinism, trajectories, label folders, resume."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_emergence_matches_an_independent_walk(tiny_backbone: PixelBackbone, pho
         maps.append(torch.stack(blocks).mean(0).numpy())
     expected = [np.mean((p * np.log(p / q)).sum(-1)) for p, q in itertools.pairwise(maps)]
     np.testing.assert_allclose(teacher.annotate(photo).emergence.kl, expected, rtol=1e-3)
+
+
+def test_a_sample_of_rows_finds_the_same_timestep(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    """Half of the rows move the curve by a few per cent; as many rows as there are tokens change nothing."""
+    every, half, all_rows = (
+        Teacher(tiny_backbone, dataclasses.replace(SMALL, iep_rows=rows)).annotate(photo) for rows in (None, 60, 120)
+    )
+    np.testing.assert_allclose(half.emergence.kl, every.emergence.kl, rtol=0.1)
+    assert half.emergence.kl != every.emergence.kl and half.timesteps == every.timesteps
+    np.testing.assert_array_equal(half.abdiv, every.abdiv)  # the map at t* is read whole
+    assert all_rows.emergence == every.emergence
+    with pytest.raises(ArgumentError, match="iep_rows must be at least 1"):
+        Teacher(tiny_backbone, dataclasses.replace(SMALL, iep_rows=0))
 
 
 def test_per_head_form_resembles_the_averaged_one(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
