@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from trace_sdk.errors import ArgumentError
 
 VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL = (1, 0), (0, 1), (1, 1), (1, -1)
 NEIGHBOURHOODS = {4: (VERTICAL, HORIZONTAL), 8: (VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL)}
+CPU_PART = 1 << 18  # elements of an image row at a time on a CPU
 STRIP = {"cuda": 1 << 22, "cpu": 1 << 19}  # elements of the map at a time: fills a GPU; stays in a core's cache
 
 
@@ -148,21 +150,22 @@ def _abdiv_strip_op(
     height, width = grid
     result = strip.new_empty((strip.shape[0], last - first, width), dtype=full_precision(strip[:0]).dtype)
 
-    def image_row(batch: int, row: int) -> Tensor:
+    def image_row(batch: int, row: int, keys: slice) -> Tensor:
         start = (min(max(row, 0), height - 1) - held_first) * width
-        return full_precision(strip[batch, start : start + width])  # [W, N]
+        return full_precision(strip[batch, start : start + width, keys])  # [W, keys]
 
     def columns(x: Tensor, step: int) -> Tensor:
         return neighbour(x[None], (0, step))[0] if step else x
 
-    for batch in range(strip.shape[0]):
-        for row in range(first, last):
-            total = result[batch, row - first].zero_()
-            rows = {step: image_row(batch, row + step) for step in (-1, 0, 1)}
-            probability = {step: rows[step].exp2() for step in (0, 1)}
-            for down, right in NEIGHBOURHOODS[neighbourhood]:
-                difference = columns(rows[down], right) - columns(rows[-down], -right)
-                total += torch.linalg.vecdot(columns(probability[down], right), difference)
+    tokens, at_once = strip.shape[2], max(1, CPU_PART // width)
+    result.zero_()
+    for batch, row, first_key in product(range(strip.shape[0]), range(first, last), range(0, tokens, at_once)):
+        keys = slice(first_key, first_key + at_once)
+        rows = {step: image_row(batch, row + step, keys) for step in (-1, 0, 1)}
+        probability = {step: rows[step].exp2() for step in (0, 1)}
+        for down, right in NEIGHBOURHOODS[neighbourhood]:
+            difference = columns(rows[down], right) - columns(rows[-down], -right)
+            result[batch, row - first] += torch.linalg.vecdot(columns(probability[down], right), difference)
     return result.mul_(LN2)
 
 

@@ -184,6 +184,7 @@ def test_ctrl_c_leaves_whole_files_only(tiny_engine: Path, tmp_path: Path) -> No
     process = subprocess.Popen(
         [*command, "--overlay", "--size", "1500", "--engine", str(tiny_engine)],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite run by nohup ignores it
     )  # fmt: skip
     while not list(tmp_path.glob("out/*.overlay.jpg")) and process.poll() is None:
         time.sleep(0.02)
