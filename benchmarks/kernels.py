@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor
+
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.kernels import (
     abdiv,
     abdiv_from_qk,
@@ -33,9 +36,6 @@ from trace_sdk.kernels import (
     log_sum_exp,
     per_head_divergence,
 )
-
-from trace_sdk.atomic import write_text
-from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.machine import commit, hardware, versions
 
 TOLERANCE = 0.02  # of the mean ABDiv; beyond it a way counts as wrong and is not timed

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor, nn
-from trace_sdk.kernels import abdiv_reference, row_kl_reference, temporal_kl, upsample_attention_reference
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
+from trace_sdk.kernels import abdiv_reference, row_kl_reference, temporal_kl, upsample_attention_reference
 from trace_sdk.machine import commit, hardware, versions
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary
@@ -185,6 +185,18 @@ class HookAverage:
         return self.mean.clamp_min(1e-12).log2()
 
 
+def kl_curve(
+    log2_map: Callable[[float], Tensor], kl: Callable[[Tensor, Tensor], Tensor], timesteps: tuple[float, ...]
+) -> Tensor:
+    """KL of each timestep's map from the one before, mean over rows: [T − 1]; two maps are held at a time."""
+    curve, previous = [], log2_map(timesteps[0])
+    for t in timesteps[1:]:
+        current = log2_map(t)
+        curve.append(kl(previous, current).mean())
+        previous = current
+    return torch.stack(curve)
+
+
 def with_hooks(model: Model, timesteps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """KL curve [T − 1] and ABDiv [1, H, W] at its largest step."""
 
@@ -193,13 +205,7 @@ def with_hooks(model: Model, timesteps: tuple[float, ...]) -> tuple[Tensor, Tens
         model.forward(t, average.add)
         return average.log2_mean()
 
-    kl, previous = [], log2_map(timesteps[0])
-    for t in timesteps[1:]:
-        current = log2_map(t)
-        kl.append(row_kl_reference(previous, current).mean())
-        previous = current
-    del previous, current
-    curve = torch.stack(kl)
+    curve = kl_curve(log2_map, row_kl_reference, timesteps)
     return curve, abdiv_reference(log2_map(timesteps[1 + int(curve.argmax())]), model.grid)
 
 
@@ -211,13 +217,7 @@ def with_kernels(model: Model, timesteps: tuple[float, ...]) -> tuple[Tensor, Te
         model.forward(t, average.add)
         return average.log2_mean()
 
-    kl, previous = [], log2_map(timesteps[0])
-    for t in timesteps[1:]:
-        current = log2_map(t)
-        kl.append(temporal_kl(previous, current).mean())
-        previous = current
-    del previous, current
-    curve = torch.stack(kl)
+    curve = kl_curve(log2_map, temporal_kl, timesteps)
     boundary = MeanBoundary(model.grid, range(model.blocks), 4)
     model.forward(timesteps[1 + int(curve.argmax())], boundary.add)
     return curve, boundary.abdiv()

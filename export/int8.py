@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType
 from onnxruntime.quantization.calibrate import EntropyCalibrater, MinMaxCalibrater, PercentileCalibrater
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from trace_sdk.export.verify import CHANGE_LIMIT, Change, answers, measure_change
 
 from trace_sdk.errors import ArgumentError, ParityError
+from trace_sdk.export.verify import CHANGE_LIMIT, Change, answers, measure_change
 
 PERCENTILE = 99.99
 RANKED_ON = 2  # photos; an order of layers needs fewer than a figure

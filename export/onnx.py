@@ -20,16 +20,16 @@ import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
 from torch.export import Dim
-from trace_sdk.export.graph import EngineGraph
-from trace_sdk.export.int8 import check, quantise
-from trace_sdk.export.precision import store_weights_in_fp16
-from trace_sdk.export.report import ExportReport
-from trace_sdk.export.verify import PARITY_LIMIT_INT8, SHAPES, answers, measure_change, open_session, verify
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.export.graph import EngineGraph
+from trace_sdk.export.int8 import check, quantise
+from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.report import ExportReport
+from trace_sdk.export.verify import PARITY_LIMIT_INT8, SHAPES, answers, measure_change, open_session, verify
 from trace_sdk.images import read_image
 from trace_sdk.machine import commit
 from trace_sdk.network_input import fit, padded_length

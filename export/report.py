@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from trace_sdk.export.verify import Change
 
 from trace_sdk.atomic import write_text
+from trace_sdk.export.verify import Change
 from trace_sdk.machine import hardware, versions
 
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")

@@ -10,9 +10,9 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from trace_sdk.export.graph import EngineGraph
 
 from trace_sdk.errors import ParityError
+from trace_sdk.export.graph import EngineGraph
 
 SHAPES = ((1, 64, 64), (1, 128, 72), (3, 96, 160))  # batch, height, width; none is the one exported with
 TOLERANCE = 1e-4  # largest difference of a float engine from PyTorch

@@ -7,13 +7,13 @@ from itertools import product
 
 import torch
 from torch import Tensor
+
+from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.errors import ArgumentError
 from trace_sdk.kernels.device import check_device, runs_triton
 from trace_sdk.kernels.head_mean import LN2, full_precision, head_mean_attention, lse_of
 from trace_sdk.kernels.temporal_kl import row_kl_reference
 from trace_sdk.kernels.upsample import upsample_attention
-
-from trace_sdk.backbones.tap import SelfAttention
-from trace_sdk.errors import ArgumentError
 
 VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL = (1, 0), (0, 1), (1, 1), (1, -1)
 NEIGHBOURHOODS = {4: (VERTICAL, HORIZONTAL), 8: (VERTICAL, HORIZONTAL, DIAGONAL, ANTIDIAGONAL)}
@@ -104,7 +104,7 @@ def abdiv_from_qk(
     }
     at_once = max(1, min(height, STRIP[query.device.type] // (batch * width * tokens)))
     dtype = torch.float16 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    strip = query.new_empty((batch, (min(at_once, height) + 2) * width, tokens), dtype=dtype)
+    strip = query.new_empty((batch, (at_once + 2) * width, tokens), dtype=dtype)
 
     def fill(into: Tensor, first: int, last: int) -> None:
         rows = slice(first * width, last * width)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from trace_sdk.kernels.device import check_device, runs_triton
 
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError
+from trace_sdk.kernels.device import check_device, runs_triton
 
 HEADROOM = 100.0
 FLOOR = -226.0  # log₂ of the smallest float32 that is not denormal, less the headroom

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trace_sdk.kernels.device import runs_triton
-from trace_sdk.kernels.divergence import NEIGHBOURHOODS, opposite
-from trace_sdk.kernels.head_mean import check_query_key, log_sum_exp, lse_of
 
 from trace_sdk.backbones.tap import SelfAttention, attention_with_lse, leaves_lse
+from trace_sdk.kernels.device import runs_triton
+from trace_sdk.kernels.divergence import NEIGHBOURHOODS, opposite
+from trace_sdk.kernels.head_mean import check_query_key, log_sum_exp
 
 
 def per_head_divergence_reference(attention: SelfAttention, *, symmetric: bool) -> Tensor:
@@ -45,8 +45,7 @@ def per_head_divergence(attention: SelfAttention, *, symmetric: bool) -> Tensor:
     """
     query, key = attention.query, attention.key
     check_query_key(query, key)
-    lse = None if symmetric or runs_triton(query) else lse_of(attention)  # the kernel finds it on its way
-    divergence: Tensor = _per_head_op(query, key, lse, list(attention.grid), attention.scale, symmetric)
+    divergence: Tensor = _per_head_op(query, key, list(attention.grid), attention.scale, symmetric)
     return divergence
 
 
@@ -67,25 +66,23 @@ def _between_neighbours(
 
 
 @torch.library.custom_op("trace_sdk::per_head_divergence", mutates_args=())
-def _per_head_op(
-    query: Tensor, key: Tensor, lse: Tensor | None, grid: list[int], scale: float, symmetric: bool
-) -> Tensor:
+def _per_head_op(query: Tensor, key: Tensor, grid: list[int], scale: float, symmetric: bool) -> Tensor:
     if runs_triton(query):
         from trace_sdk.kernels.per_head_triton import launch_head_divergence, launch_mean_key
 
-        mean_key, lse = launch_mean_key(query, key, scale)
-        return launch_head_divergence(query, mean_key, lse, (grid[0], grid[1]), scale, symmetric)
+        mean_key, row_lse = launch_mean_key(query, key, scale)
+        return launch_head_divergence(query, mean_key, row_lse, (grid[0], grid[1]), scale, symmetric)
 
-    if not symmetric and lse is None and leaves_lse(query, key, key, (), {}):
+    lse: Tensor | None
+    if not symmetric and leaves_lse(query, key, key, (), {}):
         mean_key, lse = attention_with_lse(query, key, key, scale)
     else:
         mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
-    if not symmetric and lse is None:
-        lse = log_sum_exp(query, key, scale=scale)
+        lse = None if symmetric else log_sum_exp(query, key, scale=scale)
     return _between_neighbours(query, mean_key, lse, (grid[0], grid[1]), scale)
 
 
 @_per_head_op.register_fake
-def _(query: Tensor, key: Tensor, lse: Tensor | None, grid: list[int], scale: float, symmetric: bool) -> Tensor:
+def _(query: Tensor, key: Tensor, grid: list[int], scale: float, symmetric: bool) -> Tensor:
     dtype = torch.float32 if runs_triton(query) else query.dtype
     return query.new_empty((query.shape[0], 2 * query.shape[1], grid[0], grid[1]), dtype=dtype)

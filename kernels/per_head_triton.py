@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from trace_sdk.kernels.head_mean import LN2, LOG2E
 from trace_sdk.kernels.tiles_triton import Tile, exact_dots, fitted, load_part, split_width
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from trace_sdk.kernels.device import check_device, runs_triton
-from trace_sdk.kernels.head_mean import LN2, full_precision, row_blocks
 
 from trace_sdk.errors import ArgumentError
+from trace_sdk.kernels.device import check_device, runs_triton
+from trace_sdk.kernels.head_mean import LN2, full_precision, row_blocks
 
 
 def row_kl_reference(log2_p: Tensor, log2_q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from trace_sdk.kernels.head_mean import LN2
 
 _LN2 = tl.constexpr(LN2)

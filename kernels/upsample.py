@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trace_sdk.kernels.device import check_device, runs_triton
-from trace_sdk.kernels.head_mean import FLOOR, HEADROOM, full_precision, row_blocks
 
 from trace_sdk.errors import ArgumentError
+from trace_sdk.kernels.device import check_device, runs_triton
+from trace_sdk.kernels.head_mean import FLOOR, HEADROOM, full_precision, row_blocks
 
 Grid = tuple[int, int]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from trace_sdk.kernels.head_mean import FLOOR, HEADROOM
 
 _HEADROOM, _FLOOR = tl.constexpr(HEADROOM), tl.constexpr(FLOOR)
@@ -42,6 +43,7 @@ def row_mass(coarse: Tensor, grid: tuple[int, int], finest: tuple[int, int]) -> 
 def key_shares(grid: tuple[int, int], finest: tuple[int, int], like: Tensor) -> Tensor:
     """How many fine keys' worth of weight each coarse key gets: float32 [n]."""
     import torch
+
     from trace_sdk.kernels.upsample import source_positions
 
     axes = []

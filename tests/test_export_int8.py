@@ -9,11 +9,11 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from trace_sdk.errors import ArgumentError, ParityError
 from trace_sdk.export.int8 import CALIBRATIONS, quantise
 from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.verify import CHANGE_LIMIT, Change, answers, measure_change
-
-from trace_sdk.errors import ArgumentError, ParityError
 
 
 def network(fragile: float, channels: int = 20) -> onnx.ModelProto:

@@ -11,18 +11,18 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from trace_sdk.export.graph import EngineGraph
-from trace_sdk.export.int8 import Quantised
-from trace_sdk.export.onnx import _to_onnx, export_onnx
-from trace_sdk.export.precision import store_weights_in_fp16
-from trace_sdk.export.report import ExportReport
-from trace_sdk.export.verify import CHANGE_LIMIT, Change, verify
 
 from trace_sdk import EdgeDetector
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
 from trace_sdk.engines import open_engine
 from trace_sdk.errors import ArgumentError, EngineError, ParityError
+from trace_sdk.export.graph import EngineGraph
+from trace_sdk.export.int8 import Quantised
+from trace_sdk.export.onnx import _to_onnx, export_onnx
+from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.report import ExportReport
+from trace_sdk.export.verify import CHANGE_LIMIT, Change, verify
 from trace_sdk.student.model import Student
 
 

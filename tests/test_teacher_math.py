@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from trace_sdk.kernels import abdiv_reference, head_mean_attention_reference, upsample_attention_reference
 
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError
+from trace_sdk.kernels import abdiv_reference, head_mean_attention_reference, upsample_attention_reference
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary
 from trace_sdk.teacher.emergence import row_sample, schedule, search_window

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import triton
-from trace_sdk.kernels import divergence_triton, head_mean_triton, per_head_triton, temporal_kl_triton, upsample_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from trace_sdk.kernels import divergence_triton, head_mean_triton, per_head_triton, temporal_kl_triton, upsample_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

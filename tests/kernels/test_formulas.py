@@ -8,6 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.kernels import (
     abdiv,
     abdiv_from_qk,
@@ -24,8 +26,6 @@ from trace_sdk.kernels import (
     upsample_attention_reference,
 )
 from trace_sdk.kernels import divergence as divergence_module
-
-from trace_sdk.backbones.tap import SelfAttention
 
 SMOOTH, PEAKY, VERY_PEAKY = 1.2, 3.6, 12.0
 
