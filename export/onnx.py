@@ -25,6 +25,7 @@ from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.export.any_size import take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.precision import store_weights_in_fp16
@@ -51,6 +52,8 @@ def export_onnx(
     max_size: int = 768,
     photos: Sequence[Path] = (),
     calibration: str = "entropy",
+    any_size: bool = False,
+    output: str = "float32",
     licence: str = "Apache-2.0",
     quality: dict[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -64,6 +67,8 @@ def export_onnx(
         max_size: longest side in one piece; larger images go by tiles.
         photos: for int8, pictures like those the engine will see; of more than 64, 64 evenly spread are taken.
         calibration: for int8, "entropy", "percentile" or "minmax".
+        any_size: put scaling, padding and cropping into the graph, see `trace_sdk.export.any_size`.
+        output: dtype of the answers, for which `any_size` is needed unless it is "float32".
         quality: figures to keep in the file.
         note: told what is being done, for progress.
 
@@ -81,6 +86,8 @@ def export_onnx(
         raise ArgumentError("int8 needs photos to calibrate on, and only int8 takes them (--calibrate PHOTOS/).")
     if precision == "int8":
         check(photos, calibration)
+    if output != "float32" and not any_size:
+        raise ArgumentError(f"output={output!r} needs scaling in the graph (--any-size).")
     weights = 4 * sum(value.numel() for value in student.parameters())
     if weights > LARGEST:
         raise EngineError(
@@ -145,6 +152,10 @@ def export_onnx(
     for key, value in manifest.metadata().items():
         model.metadata_props.add(key=key, value=value)
     sealed = seal(model.SerializeToString())
+    if any_size:
+        note("putting scaling into the graph")
+        sealed = take_any_size(sealed, name, output=output)
+        model = onnx.load_from_string(sealed)
     note("timing an answer")
     milliseconds, float_milliseconds = _milliseconds([sealed, float_model], padded(default_size))
     write_bytes(out, sealed)

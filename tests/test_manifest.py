@@ -57,11 +57,19 @@ def record(**changes: Any) -> dict[str, str]:
     values: dict[str, Any] = {
         field.name: {"str": "x", "int": 8, "float": 0.5}.get(str(field.type), {}) for field in fields(Manifest)
     }
-    return {"trace_sdk": json.dumps({**values, "format_version": 1, **changes})}
+    known = {"format_version": 1, "input": "padded", "output": "uint8"}
+    return {"trace_sdk": json.dumps({**values, **known, **changes})}
 
 
 def test_the_record_of_these_tests_is_valid() -> None:
     assert Manifest.from_metadata(record(), "engine").multiple_of == 8
+
+
+def test_engines_from_before_input_and_output_were_said() -> None:
+    old = json.loads(record()["trace_sdk"])
+    del old["input"], old["output"]
+    manifest = Manifest.from_metadata({"trace_sdk": json.dumps(old)}, "engine")
+    assert (manifest.input, manifest.output) == ("padded", "float32")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +89,8 @@ def test_the_record_of_these_tests_is_valid() -> None:
         (record(multiple_of=0), "sizes contradict"),
         (record(min_size=12), "sizes contradict"),
         (record(default_size=4096), "sizes contradict"),
+        (record(input="video"), "'video'.*not known"),
+        (record(output="int4"), "'int4'.*not known"),
     ],
 )
 def test_a_wrong_record_is_refused(metadata: dict[str, str], message: str) -> None:

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
-from trace_sdk.engines import open_engine
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
 from trace_sdk.serving import triton
 from trace_sdk.serving.triton import write_repository
@@ -28,21 +27,32 @@ def test_the_repository_holds_the_sealed_engine_and_its_configuration(tiny_engin
     model = write_repository(tiny_engine, tmp_path / "models", max_batch=4)
     assert model == tmp_path / "models/tiny"
     assert sorted(p.relative_to(model).as_posix() for p in model.rglob("*")) == ["1", "1/model.onnx", "config.pbtxt"]
-    assert (model / "1/model.onnx").read_bytes() == tiny_engine.read_bytes()
+    served = EdgeDetector(model / "1/model.onnx")
+    assert served.manifest.input == "any size"
     text = (model / "config.pbtxt").read_text()
     for line in ('name: "tiny"', 'backend: "onnxruntime"', "max_batch_size: 4", "dynamic_batching {"):
         assert line in text.splitlines()
     assert text.count("{") == text.count("}") and text.count("[") == text.count("]")
     assert parameters(text) == {
-        "multiple_of": "8", "min_size": "16", "max_size": "1024", "default_size": "128", "buckets": "",
-        "threshold": "0.4", "sha256": open_engine(tiny_engine, "cpu").sha256,
+        "input": "any size", "multiple_of": "8", "min_size": "16", "max_size": "1024", "default_size": "128",
+        "buckets": "",
+        "threshold": "0.4", "sha256": served.info["engine_sha256"],
     }  # fmt: skip
     assert "model_warmup" not in text
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny"], "something was left behind"
 
 
+def test_the_servers_answer_may_be_bytes(tiny_engine: Path, tmp_path: Path) -> None:
+    model = write_repository(tiny_engine, tmp_path, output="uint8")
+    assert "TYPE_UINT8, dims: [-1, -1] }" in (model / "config.pbtxt").read_text()
+    again = write_repository(model / "1/model.onnx", tmp_path / "again")
+    assert (again / "1/model.onnx").read_bytes() == (model / "1/model.onnx").read_bytes(), "scaling is in it already"
+
+
 def test_each_bucket_shape_is_warmed(tiny_engine: Path, tmp_path: Path) -> None:
-    text = (write_repository(tiny_engine, tmp_path, buckets=[64, 96, 128]) / "config.pbtxt").read_text()
+    model = write_repository(tiny_engine, tmp_path, buckets=[64, 96, 128])
+    assert (model / "1/model.onnx").read_bytes() == tiny_engine.read_bytes()
+    text = (model / "config.pbtxt").read_text()
     warmed = re.findall(r'model_warmup.*name: "(\d+)x(\d+)".*dims: \[(\d+), (\d+), 3\]', text)
     assert all(shape[:2] == shape[2:] for shape in warmed)
     expected = {(64, 128), (96, 128), (128, 128), (128, 64), (128, 96)}
@@ -56,6 +66,7 @@ def test_each_bucket_shape_is_warmed(tiny_engine: Path, tmp_path: Path) -> None:
     [
         ({}, {"max_batch": 0}, ArgumentError, "max_batch=0"),
         ({}, {"buckets": [60]}, ArgumentError, "multiples of 8"),
+        ({}, {"buckets": [64], "output": "uint8"}, ArgumentError, "leave buckets out"),
         ({"name": "../up"}, {}, ArgumentError, "cannot name a model"),
         ({"name": 'a" b'}, {}, ArgumentError, "cannot name a model"),
     ],

@@ -18,11 +18,11 @@ from PIL.Image import Resampling
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.engines import open_engine
-from trace_sdk.engines.manifest import Manifest
+from trace_sdk.engines.manifest import ANY_SIZE, Manifest
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
-from trace_sdk.network_input import fit, padded_length
+from trace_sdk.network_input import fit, padded_length, scaled_shape
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -62,6 +62,7 @@ class EdgeDetector:
             device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
             size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
                 Above the engine's `max_size` the picture is cut into overlapping tiles.
+                An engine that scales inside its graph has one size.
             buckets: the only lengths, pixels, that a side of the network's input may have: pictures are padded up
                 to the next one, and tiled above the largest. A runtime that prepares itself for each new shape
                 then meets a known few; `warmup` runs them all. The padding is cut off again, but a network whose
@@ -81,6 +82,12 @@ class EdgeDetector:
             raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
         self._engine = open_engine(engine, device, threads)
         self._manifest = self._engine.manifest
+        self._scales_itself = self._manifest.input == ANY_SIZE
+        if self._scales_itself and (buckets is not None or size not in (None, self._manifest.default_size)):
+            raise ArgumentError(
+                f"{self._manifest.name} scales photos to {self._manifest.default_size} px inside its graph, so "
+                "size and buckets cannot be chosen. Use the engine that it was made of, or export another."
+            )
         self.size = size or self._manifest.default_size
         self.buckets = self._checked_buckets(buckets) if buckets is not None else ()
 
@@ -212,7 +219,10 @@ class EdgeDetector:
         start = time.perf_counter()
         picture = read_image(image, source)
         decoded = time.perf_counter()
-        pixels, height, width = fit(picture.rgb, self.size, self._padded)
+        if self._scales_itself:
+            pixels, (height, width) = picture.rgb, picture.rgb.shape[:2]
+        else:
+            pixels, height, width = fit(picture.rgb, self.size, self._padded)
         resized = time.perf_counter()
         timings = {"decode": (decoded - start) * 1e3, "resize": (resized - decoded) * 1e3}
         return _Prepared(picture, pixels, height, width, timings)
@@ -239,7 +249,7 @@ class EdgeDetector:
         """uint8 [B, h, w, 3] → float32 [B, h, w], and in how many pieces each picture was run."""
         height, width = batch.shape[1:3]
         tile, step = (self.buckets or (self._manifest.max_size,))[-1], self._manifest.multiple_of
-        if max(height, width) <= tile:
+        if self._scales_itself or max(height, width) <= tile:
             return self._engine.infer(batch), 1
         overlap = min(max(tile // 4 // step * step, step), tile - step)
         windows = tiles(height, width, tile, overlap, step)
@@ -258,12 +268,16 @@ class EdgeDetector:
             full_size = PIL.Image.fromarray(probability).resize((width, height), Resampling.BILINEAR)
             probability = np.clip(np.asarray(full_size), 0.0, 1.0)
         timings = {**prepared.timings, "network": network, "resize_back": (time.perf_counter() - start) * 1e3}
+        seen, padded = (prepared.height, prepared.width), prepared.pixels.shape[:2]
+        if self._scales_itself:
+            seen = scaled_shape(height, width, self.size)
+            padded = (self._padded(seen[0]), self._padded(seen[1]))
         info = {
             **self.info,
             "source": prepared.image.source,
             "input_size": (width, height),
-            "network_size": (prepared.width, prepared.height),
-            "padded_size": (prepared.pixels.shape[1], prepared.pixels.shape[0]),
+            "network_size": seen[::-1],
+            "padded_size": padded[::-1],
             "tiles": pieces,
             "timings": {**timings, "total": sum(timings.values())},
         }

@@ -15,6 +15,12 @@ def padded_length(length: int, multiple_of: int, min_size: int) -> int:
     return max(-(-length // multiple_of) * multiple_of, min_size)
 
 
+def scaled_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the longest side `size` pixels, each at least 1."""
+    longest = max(height, width)
+    return max(1, round(height * size / longest)), max(1, round(width * size / longest))
+
+
 def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tuple[NDArray[np.uint8], int, int]:
     """Scale the longest side to `size` pixels, then lengthen each side to what `padded` makes of it.
 
@@ -25,8 +31,7 @@ def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tupl
     Returns:
         uint8 [h + bottom, w + right, 3], and h and w without the padding.
     """
-    longest = max(rgb.shape[:2])
-    height, width = (max(1, round(length * size / longest)) for length in rgb.shape[:2])
+    height, width = scaled_shape(*rgb.shape[:2], size)
     if rgb.shape[:2] != (height, width):
         rgb = np.asarray(PIL.Image.fromarray(rgb).resize((width, height), Resampling.BICUBIC))
     padding = ((0, padded(height) - height), (0, padded(width) - width), (0, 0))

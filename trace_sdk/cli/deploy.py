@@ -22,22 +22,33 @@ def command() -> None:
 @click.option(
     "--buckets",
     metavar="N,N,...",
-    help="Lengths of sides that clients pad to, in pixels; the server runs each shape once before it is ready.",
+    help="Clients scale and pad to these lengths of sides, in pixels; the server is ready once it has run each shape.",
 )
-def triton(folder: Path, engine: str | None, max_batch: int, buckets: str | None) -> None:
+@click.option(
+    "--output",
+    "answers",
+    type=click.Choice(["float32", "float16", "uint8"]),
+    default="float32",
+    show_default=True,
+    help="Without --buckets, what the server answers: probabilities, or uint8, 255 times that.",
+)
+def triton(folder: Path, engine: str | None, max_batch: int, buckets: str | None, answers: str) -> None:
     """Write a model repository for the Triton Inference Server (onnxruntime backend) into DIR.
 
     \b
     Examples:
       trace-sdk deploy triton models/
+      trace-sdk deploy triton models/ --output uint8
       trace-sdk deploy triton models/ --engine mine.onnx --buckets 256,352,448
       tritonserver --model-repository=models/
 
-    Requests of one shape are batched. A client pads its photo as the model's parameters say; examples/triton has one.
+    Clients send RGB photos of any size and get edges at that size: scaling is in the graph. Requests of one shape are
+    batched; where photos of many sizes come together, --buckets leaves scaling and padding to clients, so that they
+    share a few shapes. examples/triton has a client.
     """
     from trace_sdk.serving.triton import write_repository
 
-    written = write_repository(engine, folder, max_batch=max_batch, buckets=numbers(buckets))
+    written = write_repository(engine, folder, max_batch=max_batch, buckets=numbers(buckets), output=answers)
     output.print(
         f"Written: {written}. Serve it: tritonserver --model-repository={folder}", markup=False, soft_wrap=True
     )

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from trace_sdk.atomic import write_bytes
 from trace_sdk.cli.console import output, status
+from trace_sdk.engines import BUNDLED, read_engine
 
 
-@click.command("export", short_help="Turn a student into one ONNX engine file, checked against PyTorch.")
-@click.argument("student", type=click.Path(path_type=Path))
+@click.command("export", short_help="Turn a student into one engine file, checked against PyTorch.")
+@click.argument("source", metavar="STUDENT|ENGINE")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine file, ending in .onnx.")
 @click.option("--name", help="Name the engine gives itself.  [default: the file's]")
 @click.option(
@@ -42,18 +44,31 @@ from trace_sdk.cli.console import output, status
     help="Longest side in px that the network sees unless told otherwise.",
 )
 @click.option(
+    "--any-size", is_flag=True, help="Put scaling, padding and cropping into the graph: photos go in as they are."
+)
+@click.option(
+    "--output",
+    "answers",
+    type=click.Choice(["float32", "float16", "uint8"]),
+    default="float32",
+    show_default=True,
+    help="With --any-size, what the graph answers: probabilities, or uint8, 255 times that.",
+)
+@click.option(
     "--quality",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="JSON of figures to keep in the file.",
 )
 def command(
-    student: Path,
+    source: str,
     out: Path,
     name: str | None,
     precision: str,
     photos: Path | None,
     calibration: str,
     default_size: int,
+    any_size: bool,
+    answers: str,
     quality: Path | None,
 ) -> None:
     """Write STUDENT as one .onnx file: weights and metadata inside, any size, any batch.
@@ -62,29 +77,46 @@ def command(
     by more than 1e-4, nothing is written. The file is sealed with its sha256, which is checked at every load.
     OUT.json beside it holds the report that is shown.
 
+    With --any-size the graph takes photos as they are and answers at their size, within 1e-3 of what EdgeDetector
+    does around the other engines: for clients that are not Python. It can also be made of an engine that exists.
+
     With int8, layers that change the edges too much stay in fp16. Which, is measured on photos that took no part
     in the calibration.
 
     \b
       trace-sdk export runs/student -o mine.onnx
       trace-sdk export runs/student -o mine-int8.onnx --precision int8 --calibrate photos/
+      trace-sdk export mine.onnx -o mine-any-size.onnx --any-size --output uint8
       trace-sdk info mine.onnx
       trace-sdk benchmark mine.onnx mine-int8.onnx
       trace-sdk detect photo.jpg --engine mine.onnx -o edges/
     """
+    from trace_sdk.export.any_size import take_any_size
+
+    if not Path(source).is_dir() and (source in BUNDLED or Path(source).suffix == ".onnx"):
+        if not any_size:
+            raise click.UsageError(f"{source} is an engine already; --any-size makes another of it.")
+        engine, named = read_engine(source)
+        with status("export") as note:
+            note("putting scaling into the graph")
+            write_bytes(out, take_any_size(engine, named, output=answers))
+        output.print(f"Written: {out}", markup=False, soft_wrap=True)
+        return
     from trace_sdk.export.onnx import export_onnx
     from trace_sdk.pretraining.training_images import list_photos
     from trace_sdk.student.model import Student
 
     with status("export") as note:
         report = export_onnx(
-            Student.load(student),
+            Student.load(source),
             out,
             name=name or out.stem,
             precision=precision,
             default_size=default_size,
             photos=list_photos([photos]) if photos else (),
             calibration=calibration,
+            any_size=any_size,
+            output=answers,
             quality=json.loads(quality.read_text()) if quality else None,
             note=note,
         )

@@ -41,7 +41,8 @@ class Engine(Protocol):
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Edge probability of RGB pictures: uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1].
 
-        H and W are multiples of `manifest.multiple_of`, at least `min_size` and at most `max_size`.
+        H and W are multiples of `manifest.multiple_of`, at least `min_size` and at most `max_size`; any where
+        `manifest.input` is "any size".
 
         Raises:
             EngineError: the network failed, or its answer has a wrong shape, NaN or leaves [0, 1].

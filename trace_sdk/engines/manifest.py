@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from trace_sdk.errors import EngineError
 
 FORMAT_VERSION = 1
+PADDED, ANY_SIZE = "padded", "any size"
+ANSWER_TYPES = ("float32", "float16", "uint8")
 _MARKER = b"trace-sha256:"
 _PLACEHOLDER = b"0" * 64
 _SEAL = re.compile(re.escape(_MARKER) + rb"([0-9a-f]{64})")
@@ -42,6 +44,10 @@ class Manifest:
         created: ISO 8601 date and time, UTC.
         commit: git commit that exported it.
         format_version: of this record.
+        input: "padded": whoever calls the graph scales and pads as the sizes above say. "any size": the graph does, to
+            `default_size`, and answers at the photo's own size; `multiple_of`, `min_size` and `max_size` are then those
+            of the network inside.
+        output: dtype of the answers, "float32" or "float16" in [0, 1], or "uint8", 255 times that.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Manifest:
     created: str
     commit: str
     format_version: int = FORMAT_VERSION
+    input: str = PADDED
+    output: str = "float32"
 
     def metadata(self) -> dict[str, str]:
         """The ONNX metadata_props of this engine; the sha256 is filled in by `seal`."""
@@ -102,6 +110,11 @@ class Manifest:
                 f"{path}: its sizes contradict each other (smallest {self.min_size}, default "
                 f"{self.default_size}, largest {self.max_size}, multiples of {self.multiple_of}). "
                 "Export it again."
+            )
+        if self.input not in (PADDED, ANY_SIZE) or self.output not in ANSWER_TYPES:
+            raise EngineError(
+                f"{path}: input={self.input!r} or output={self.output!r} is not known to this trace-sdk. Update it "
+                "(pip install -U trace-sdk), or export the engine again."
             )
         if not 0 < self.threshold < 1:
             raise EngineError(f"{path}: threshold={self.threshold} is not between 0 and 1. Export it again.")
@@ -158,10 +171,12 @@ def _check_fields(record: dict[str, Any], path: str | Path) -> None:
     kinds = {"str": str, "int": int, "float": (int, float), "dict": dict}
     hints = get_type_hints(Manifest)
     expected = {field.name: getattr(hints[field.name], "__name__", "dict") for field in fields(Manifest)}
-    wrong = sorted(expected.keys() ^ record.keys()) or sorted(
+    # A field with a default is newer than some engines.
+    absent = {field.name for field in fields(Manifest) if field.default is not MISSING} - record.keys()
+    wrong = sorted((expected.keys() ^ record.keys()) - absent) or sorted(
         name
         for name, kind in expected.items()
-        if not isinstance(record[name], kinds[kind]) or isinstance(record[name], bool)  # type: ignore[arg-type]
+        if name not in absent and (not isinstance(record[name], kinds[kind]) or isinstance(record[name], bool))  # type: ignore[arg-type]
     )
     if wrong:
         raise EngineError(f"{path}: its manifest is wrong at {', '.join(wrong)}. Export it again.")

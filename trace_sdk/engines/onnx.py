@@ -1,7 +1,7 @@
 """Engine files on onnxruntime.
 
-The graph: input `image` uint8 [batch, height, width, 3] RGB; output `edge_probability` float32
-[batch, height, width] in [0, 1]. Everything else about it is in the manifest.
+The graph: input `image` uint8 [batch, height, width, 3] RGB; output `edge_probability` [batch, height, width] of the
+dtype that the manifest says. Everything else about it is in the manifest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trace_sdk.machine import usable_cpus
 Provider: TypeAlias = "str | tuple[str, dict[str, int]]"
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
+_ANSWERS = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
 class OnnxEngine:
@@ -42,7 +43,7 @@ class OnnxEngine:
         self._session, self.device, self.device_reason = _open_session(start, device, number)
         self.provider = self._session.get_providers()[0]
         self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, source)
-        _check_graph(self._session, source)
+        _check_graph(self._session, self.manifest, source)
         self._one_at_a_time = threading.Lock()
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -63,13 +64,15 @@ class OnnxEngine:
             ) from error
         if answer.shape != batch.shape[:3]:
             raise EngineError(f"{self._source}: answered {answer.shape} to {batch.shape}. Export it again.")
+        if answer.dtype == np.uint8:
+            return answer.astype(np.float32) / np.float32(255)
         low, high = float(answer.min()), float(answer.max())
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):
             raise EngineError(
                 f"{self._source}: answered values from {low} to {high} on {self.device}, expected [0, 1]. "
                 "Export it again at a higher precision."
             )
-        clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0)
+        clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0, dtype=np.float32)
         return clipped
 
 
@@ -127,10 +130,10 @@ def _session(model: bytes, source: str, threads: int, providers: list[Provider])
         ) from error
 
 
-def _check_graph(session: onnxruntime.InferenceSession, source: str) -> None:
+def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest, source: str) -> None:
     ends = [*session.get_inputs(), *session.get_outputs()]
     said = [(value.name, value.type, len(value.shape)) for value in ends]
-    if said != [("image", "tensor(uint8)", 4), ("edge_probability", "tensor(float)", 3)]:
+    if said != [("image", "tensor(uint8)", 4), ("edge_probability", _ANSWERS[manifest.output], 3)]:
         raise EngineError(f"{source}: its graph has other inputs and outputs: {said}. Export it again.")
 
 
