@@ -54,11 +54,13 @@ class EdgeDetector:
         size: int | None = None,
         buckets: Sequence[int] | None = None,
         threads: int | None = None,
+        runtime: str = "auto",
     ) -> None:
         """Open an engine.
 
         Args:
-            engine: path of an `.onnx` engine, a bundled name, or None for "trace-small".
+            engine: path of an `.onnx` or `.engine` file, a student folder (runs in torch), a bundled name, or None for
+                "trace-small".
             device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
             size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
                 Above the engine's `max_size` the picture is cut into overlapping tiles.
@@ -70,17 +72,21 @@ class EdgeDetector:
                 multiple of the engine's own.
             threads: CPU threads that work on one picture; None: the cores that this process may use, by its
                 affinity and its control group.
+            runtime: "auto" by what the engine is; of an `.onnx`, "onnxruntime", "onnxruntime-tensorrt" (its TensorRT
+                provider), or "tensorrt" and "tensorrt-rtx", which build an engine for this machine once and keep it;
+                of a student, "torch" or "torch.compile".
 
         Raises:
             EngineError: missing, corrupt, pickled or foreign engine.
             DeviceError: the device is not there.
-            ArgumentError: `size`, `buckets`, `threads` or the name of the device is out of range.
+            MissingExtraError: the runtime is not installed; says the line that does it.
+            ArgumentError: `runtime`, `size`, `buckets`, `threads` or the name of the device is out of range.
         """
         if size is not None and (not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
         if threads is not None and (not _is_whole(threads) or threads < 1):
             raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
-        self._engine = open_engine(engine, device, threads)
+        self._engine = open_engine(engine, device, threads, runtime)
         self._manifest = self._engine.manifest
         self._scales_itself = self._manifest.input == ANY_SIZE
         if self._scales_itself and (buckets is not None or size not in (None, self._manifest.default_size)):

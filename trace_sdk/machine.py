@@ -21,6 +21,11 @@ def usable_cpus(root: Path = Path("/")) -> int:
     return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
+def cache_folder() -> Path:
+    """Where built engines are kept: $TRACE_CACHE, or ~/.cache/trace-sdk."""
+    return Path(os.environ.get("TRACE_CACHE") or Path.home() / ".cache/trace-sdk")
+
+
 def _quotas(root: Path) -> Iterator[float]:
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -12,6 +12,7 @@ import click
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.photos import find_photos
+from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
 
 
@@ -46,6 +47,7 @@ from trace_sdk.errors import InputError
     metavar="N,N,...",
     help="The only lengths that a side of the network's input may have, in pixels; photos are padded to them.",
 )
+@click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), default="auto", help="What runs the engine.")
 @click.option("--verbose", is_flag=True, help="Also list what ran: provider, threads, precision, time by stage.")
 def command(
     photos: tuple[str, ...],
@@ -56,6 +58,7 @@ def command(
     device: str,
     size: int | None,
     buckets: str | None,
+    runtime: str,
     verbose: bool,
 ) -> None:
     """Find the instance edges of photos.
@@ -88,7 +91,7 @@ def command(
     from trace_sdk.detector import EdgeDetector
 
     start = time.perf_counter()
-    detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets))
+    detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets), runtime=runtime)
     timings: list[dict[str, float]] = []
     failed = 0
     try:

@@ -44,6 +44,11 @@ from trace_sdk.engines import BUNDLED, read_engine
     help="Longest side in px that the network sees unless told otherwise.",
 )
 @click.option(
+    "--runtime",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    help="Build ENGINE, an .onnx file, for TensorRT-RTX (needs no GPU) or for TensorRT on the GPU of this machine.",
+)
+@click.option(
     "--any-size", is_flag=True, help="Put scaling, padding and cropping into the graph: photos go in as they are."
 )
 @click.option(
@@ -67,6 +72,7 @@ def command(
     photos: Path | None,
     calibration: str,
     default_size: int,
+    runtime: str | None,
     any_size: bool,
     answers: str,
     quality: Path | None,
@@ -87,21 +93,28 @@ def command(
       trace-sdk export runs/student -o mine.onnx
       trace-sdk export runs/student -o mine-int8.onnx --precision int8 --calibrate photos/
       trace-sdk export mine.onnx -o mine-any-size.onnx --any-size --output uint8
+      trace-sdk export mine.onnx -o mine.engine --runtime tensorrt-rtx
       trace-sdk info mine.onnx
       trace-sdk benchmark mine.onnx mine-int8.onnx
       trace-sdk detect photo.jpg --engine mine.onnx -o edges/
     """
     from trace_sdk.export.any_size import take_any_size
+    from trace_sdk.export.tensorrt import build
 
     if not Path(source).is_dir() and (source in BUNDLED or Path(source).suffix == ".onnx"):
-        if not any_size:
-            raise click.UsageError(f"{source} is an engine already; --any-size makes another of it.")
+        if any_size == bool(runtime):
+            raise click.UsageError(f"{source} is an engine already; --any-size or --runtime makes another of it.")
         engine, named = read_engine(source)
         with status("export") as note:
-            note("putting scaling into the graph")
-            write_bytes(out, take_any_size(engine, named, output=answers))
+            if runtime:
+                write_bytes(out, build(engine, named, runtime, note=note))
+            else:
+                note("putting scaling into the graph")
+                write_bytes(out, take_any_size(engine, named, output=answers))
         output.print(f"Written: {out}", markup=False, soft_wrap=True)
         return
+    if runtime:
+        raise click.UsageError("--runtime builds an .onnx engine further: export the student to one first.")
     from trace_sdk.export.onnx import export_onnx
     from trace_sdk.pretraining.training_images import list_photos
     from trace_sdk.student.model import Student

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from trace_sdk.backbones.checkpoint import PICKLE_NAMES, is_pickle
 from trace_sdk.engines.manifest import Manifest
-from trace_sdk.errors import EngineError
+from trace_sdk.engines.plan import MAGIC
+from trace_sdk.engines.tensorrt import PACKAGES
+from trace_sdk.errors import ArgumentError, EngineError
 
 BUNDLED = ("trace-small",)
 DEFAULT = "trace-small"
+RUNTIMES = ("onnxruntime", "onnxruntime-tensorrt", *PACKAGES, "torch", "torch.compile")
 
 
 class Engine(Protocol):
@@ -51,7 +54,10 @@ class Engine(Protocol):
 
 
 def open_engine(
-    engine: str | os.PathLike[str] | None = None, device: str = "auto", threads: int | None = None
+    engine: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    runtime: str = "auto",
 ) -> Engine:
     """Open an engine file, or one that comes with the package, on a device.
 
@@ -59,16 +65,41 @@ def open_engine(
         engine: path of an `.onnx` file, a bundled name, or None for "trace-small".
         device: "cpu", "cuda", "cuda:N" or "auto" (CUDA where it works, else CPU).
         threads: CPU threads that work on one picture; None: the cores that this process may use.
+        runtime: "auto" by what the file is, or one of RUNTIMES.
 
     Raises:
-        EngineError: missing, corrupt, pickled, foreign, or a student that is not exported yet.
+        EngineError: missing, corrupt, pickled or foreign.
         DeviceError: the device is not there.
-        ArgumentError: no such device name.
+        ArgumentError: no such device or runtime, or the runtime cannot open such a file.
+        MissingExtraError: the runtime is not installed.
     """
+    if runtime not in ("auto", *RUNTIMES):
+        raise ArgumentError(f"runtime={runtime!r} is not one of auto, {', '.join(RUNTIMES)}.")
+    folder = Path(engine) if engine is not None else None
+    if folder is not None and (folder / "student.json").is_file():
+        if runtime not in ("auto", "torch", "torch.compile"):
+            raise ArgumentError(
+                f"{folder} is a student, which {runtime} cannot run. Export it, or use runtime='torch'."
+            )
+        from trace_sdk.engines.torch import TorchEngine
+
+        return TorchEngine(folder, device, threads, compiled=runtime == "torch.compile")
     model, source = read_engine(engine)
+    built = model.startswith(MAGIC)
+    if runtime.startswith("torch") or (built and runtime not in ("auto", *PACKAGES)):
+        raise ArgumentError(f"{source} cannot be run by {runtime}. Leave runtime out.")
+    if built or runtime in PACKAGES:
+        from trace_sdk.engines.tensorrt import TensorRTEngine
+
+        reason = "asked for"
+        if not built:
+            from trace_sdk.export.tensorrt import build_once
+
+            model, reason = build_once(model, source, runtime, device=int(device.partition(":")[2] or 0))
+        return TensorRTEngine(model, source, device, reason=reason)
     from trace_sdk.engines.onnx import OnnxEngine
 
-    opened = OnnxEngine(model, source, device, threads)
+    opened = OnnxEngine(model, source, device, threads, tensorrt=runtime == "onnxruntime-tensorrt")
     if source in BUNDLED and opened.manifest.name != source:
         raise EngineError(
             f"The file of the bundled engine {source} holds {opened.manifest.name}. Install trace-sdk again."
@@ -87,7 +118,7 @@ def read_engine(engine: str | os.PathLike[str] | None = None) -> tuple[bytes, st
         return _read_bundled(name), name
     path = Path(name)
     if path.is_dir():
-        raise EngineError(f"{path} is a folder. Make an engine of a student: trace-sdk export {path} -o engine.onnx")
+        raise EngineError(f"{path} is a folder, and no student (it has no student.json). Give an engine, or a student.")
     if not path.exists():
         raise EngineError(_missing(name))
     if not path.is_file():

@@ -16,13 +16,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from trace_sdk.engines.answers import checked
 from trace_sdk.engines.manifest import Manifest, verify_seal
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
-from trace_sdk.machine import usable_cpus
+from trace_sdk.machine import cache_folder, usable_cpus
 
-Provider: TypeAlias = "str | tuple[str, dict[str, int]]"
+Provider: TypeAlias = "str | tuple[str, dict[str, int | str]]"
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
+TENSORRT = "TensorrtExecutionProvider"
 _ANSWERS = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
@@ -33,14 +34,22 @@ class OnnxEngine:
     bit for bit the one that the image gets alone.
     """
 
-    def __init__(self, model: bytes, source: str, device: str = "auto", threads: int | None = None) -> None:
-        """Args: `model` the file's bytes, `source` its name for messages, the rest as in `open_engine`."""
+    def __init__(
+        self, model: bytes, source: str, device: str = "auto", threads: int | None = None, *, tensorrt: bool = False
+    ) -> None:
+        """Args: `model` the file's bytes, `source` its name for messages, the rest as in `open_engine`.
+
+        With `tensorrt`, onnxruntime's TensorRT provider takes what it can and CUDA the rest.
+        """
         number = _device_number(device)
         self.threads = usable_cpus() if threads is None else threads
         self.sha256 = verify_seal(model, source)
         self._source = source
         start = partial(_session, model, source, self.threads)
-        self._session, self.device, self.device_reason = _open_session(start, device, number)
+        if tensorrt:
+            self._session, self.device, self.device_reason = _open_tensorrt(start, device, number, self.sha256)
+        else:
+            self._session, self.device, self.device_reason = _open_session(start, device, number)
         self.provider = self._session.get_providers()[0]
         self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, source)
         _check_graph(self._session, self.manifest, source)
@@ -62,18 +71,7 @@ class OnnxEngine:
                 f"{self._source}: failed on {self.device} with input {batch.shape} ({_first_line(error)}). "
                 "Try a smaller size, or another device."
             ) from error
-        if answer.shape != batch.shape[:3]:
-            raise EngineError(f"{self._source}: answered {answer.shape} to {batch.shape}. Export it again.")
-        if answer.dtype == np.uint8:
-            return answer.astype(np.float32) / np.float32(255)
-        low, high = float(answer.min()), float(answer.max())
-        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-            raise EngineError(
-                f"{self._source}: answered values from {low} to {high} on {self.device}, expected [0, 1]. "
-                "Export it again at a higher precision."
-            )
-        clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0, dtype=np.float32)
-        return clipped
+        return checked(answer, batch, self._source, self.device)
 
 
 def _device_number(device: str) -> int:
@@ -113,6 +111,38 @@ def _open_session(
         f"device={device!r}: onnxruntime has CUDA but could not start it. Check the driver (nvidia-smi) and "
         "the CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'); or use device='cpu'."
     )
+
+
+def _open_tensorrt(
+    start: Callable[[list[Provider]], onnxruntime.InferenceSession], device: str, number: int, sha256: str
+) -> tuple[onnxruntime.InferenceSession, str, str]:
+    install = (
+        "It needs onnxruntime-gpu (pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]') and "
+        "TensorRT 10 (pip install 'tensorrt-cu12==10.*'); or use runtime='onnxruntime'."
+    )
+    if device == "cpu" or TENSORRT not in onnxruntime.get_available_providers():
+        raise DeviceError(f"runtime='onnxruntime-tensorrt' with device={device!r} is not possible here. {install}")
+    cuda: Provider = (CUDA, {"device_id": number})
+    session = start([(TENSORRT, tensorrt_options(number, sha256)), cuda, CPU])
+    if session.get_providers()[0] != TENSORRT:
+        raise DeviceError(f"onnxruntime has TensorRT but could not start it. {install}")
+    return session, f"cuda:{number}", "asked for"
+
+
+def tensorrt_options(number: int, sha256: str) -> dict[str, int | str]:
+    """Options of onnxruntime's TensorRT provider: its engines, their shape profiles and kernel timings are kept.
+
+    Profiles are the shapes that were met, so `EdgeDetector(buckets=…).warmup()` makes them, once for all processes.
+    """
+    folder = str(cache_folder() / "onnxruntime")
+    return {
+        "device_id": number,
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": folder,
+        "trt_engine_cache_prefix": sha256[:16],
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": folder,
+    }
 
 
 def _session(model: bytes, source: str, threads: int, providers: list[Provider]) -> onnxruntime.InferenceSession:

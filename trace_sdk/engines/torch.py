@@ -1,0 +1,105 @@
+"""Student folders, in torch: the same answers as the engine that `trace-sdk export` makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trace_sdk import __version__
+from trace_sdk.engines.answers import checked
+from trace_sdk.engines.manifest import Manifest
+from trace_sdk.errors import EngineError, MissingExtraError
+
+DEFAULT_SIZE, MAX_SIZE = 448, 768  # as `trace-sdk export` has them
+
+
+class TorchEngine:
+    """One student on one device. Safe to call from many threads: answers are made one after another.
+
+    On a CPU the images of a batch run one by one, so that each gets the answer that it gets alone.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto", threads: int | None = None, *, compiled: bool) -> None:
+        """Args: `folder` of a student, the rest as in `open_engine`; `compiled` with torch.compile.
+
+        `threads` holds for all of torch in this process; None leaves torch's own number.
+        """
+        if find_spec("torch") is None or find_spec("diffusers") is None:
+            raise MissingExtraError(
+                f"{folder} is a student, which runs in torch. Run: pip install 'trace-sdk[train]', or make an engine "
+                f"that needs none: trace-sdk export {folder} -o engine.onnx"
+            )
+        import torch
+
+        from trace_sdk.backbones.device import torch_device
+        from trace_sdk.export.graph import EngineGraph
+        from trace_sdk.student.model import Student
+
+        student = Student.load(folder)
+        there = torch.cuda.is_available()
+        target = torch_device(("cuda" if there else "cpu") if device == "auto" else device)
+        self.device = "cpu" if target.type == "cpu" else f"cuda:{target.index or 0}"
+        self.device_reason = (
+            "asked for" if device != "auto" else "auto: CUDA works" if there else "auto: this torch sees no GPU"
+        )
+        self.provider = f"torch {torch.__version__}{' compiled' if compiled else ''}"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.threads = torch.get_num_threads()
+        self._source, self._torch, self._target = str(folder), torch, target
+        graph = EngineGraph(student, half_weights=False).to(target)
+        self._graph = torch.compile(graph, dynamic=True) if compiled else graph
+        self._one_at_a_time = threading.Lock()
+        weights = sorted(folder.rglob("*.safetensors"))
+        self.sha256 = hashlib.sha256(
+            b"".join(hashlib.sha256(file.read_bytes()).digest() for file in weights)
+        ).hexdigest()
+        self.manifest = Manifest(
+            name=folder.resolve().name,
+            trace_sdk_version=__version__,
+            backbone=student.backbone.family,
+            backbone_sha256=hashlib.sha256((weights[0]).read_bytes()).hexdigest(),
+            decoder="stem-unet",
+            multiple_of=student.backbone.multiple_of,
+            min_size=student.backbone.min_size,
+            max_size=MAX_SIZE,
+            default_size=DEFAULT_SIZE,
+            threshold=student.threshold,
+            precision="fp32",
+            opset=0,
+            producers={"torch": torch.__version__},
+            quality={},
+            parity={},
+            licence="",
+            created=datetime.fromtimestamp(os.path.getmtime(weights[0]), UTC).strftime("%Y-%m-%d"),  # noqa: PTH204
+            commit="",
+        )
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
+        with self._one_at_a_time:
+            parts = [batch[i : i + 1] for i in range(len(batch))] if self.device == "cpu" else [batch]
+            answer = np.concatenate([self._run(part) for part in parts])
+        return checked(answer, batch, self._source, self.device)
+
+    def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        torch = self._torch
+        try:
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a photo's array is read-only, and nothing writes to it
+                pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self._target)
+                answer: NDArray[np.float32] = self._graph(pixels).float().cpu().numpy()
+        except RuntimeError as error:  # torch's own errors, out of memory among them
+            raise EngineError(
+                f"{self._source}: failed on {self.device} with input {batch.shape} ({str(error).splitlines()[0]}). "
+                "Try a smaller size, or another device."
+            ) from error
+        return answer
