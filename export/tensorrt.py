@@ -108,7 +108,7 @@ def _without_bytes_inside(model: onnx.ModelProto) -> bytes:
                 node.input[place] = "image/float"
     model.graph.node.insert(0, helper.make_node("Cast", ["image"], ["image/float"], to=TensorProto.FLOAT))
     del model.graph.value_info[:]  # said uint8 where float is now
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _plan(package: Any, model: bytes, profile: dict[str, list[int]], source: str) -> bytes:

@@ -31,7 +31,7 @@ def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tupl
     Returns:
         uint8 [h + bottom, w + right, 3], and h and w without the padding.
     """
-    height, width = scaled_shape(*rgb.shape[:2], size)
+    height, width = scaled_shape(rgb.shape[0], rgb.shape[1], size)
     if rgb.shape[:2] != (height, width):
         rgb = np.asarray(PIL.Image.fromarray(rgb).resize((width, height), Resampling.BICUBIC))
     padding = ((0, padded(height) - height), (0, padded(width) - width), (0, 0))

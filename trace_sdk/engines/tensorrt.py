@@ -150,7 +150,7 @@ class TensorRTEngine:
                 f"{self._source}: {name} failed on cuda:{self._number} ({_word(self._cuda, error)}). "
                 "Try a smaller size or batch; after a device error, start the process again."
             )
-        return values
+        return list(values)
 
     def __del__(self) -> None:
         for device, _, pinned in getattr(self, "_buffers", {}).values():
