@@ -150,7 +150,7 @@ def test_a_device_that_does_not_start_is_not_measured(
     engines: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "COLD_STARTS", 1)
-    monkeypatch.setattr(measure, "devices", lambda: ["cpu", "cuda:9"])
+    monkeypatch.setattr(measure, "devices", lambda *_: ["cpu", "cuda:9"])
     monkeypatch.setattr(measure, "installed_baselines", lambda: [])
     report = benchmark(engines[:1], [photo], size=64, runs=1, rounds=1, batches=(1,))
     assert [row.name for row in report.rows] == ["tiny fp32 on cpu"]

@@ -246,6 +246,32 @@ def test_a_provider_that_fails_is_no_silent_cpu(tiny_engine: Path) -> None:
         engine.infer(np.zeros((1, 16, 16, 3), np.uint8))
 
 
+def test_a_batch_too_large_for_the_device_is_halved_once(tiny_engine: Path) -> None:
+    engine = onnx.OnnxEngine(tiny_engine.read_bytes(), "tiny")
+    batch = np.stack([photo(16, 16, seed) for seed in range(6)])
+    expected, engine.provider = engine.infer(batch), onnx.CUDA
+    whole, sizes, room = engine._session._sess.run, [], 3
+
+    def run(names: Any, given: dict[str, NDArray[np.uint8]], options: Any) -> Any:
+        sizes.append(len(given["image"]))
+        if sizes[-1] > room:
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 9")
+        return whole(names, given, options)
+
+    engine._session._sess = Mock(wraps=engine._session._sess)
+    engine._session._sess.run.side_effect = run
+    np.testing.assert_allclose(engine.infer(batch), expected, atol=1e-6)
+    assert sizes == [6, 3, 3]
+    room = 2
+    with pytest.raises(EngineError, match=r"Failed to allocate.*smaller size"):
+        engine.infer(batch)
+    assert sizes[3:] == [6, 3], "halved once"
+    np.testing.assert_allclose(engine.infer(batch[:2]), expected[:2], atol=1e-6)
+    engine._session._sess.run.side_effect = RuntimeError("device lost")
+    with pytest.raises(EngineError, match="device lost"):
+        engine.infer(batch)
+
+
 def test_threads(tiny_engine: Path) -> None:
     assert EdgeDetector(tiny_engine).info["threads"] == usable_cpus()
     assert EdgeDetector(tiny_engine, threads=3).info["threads"] == 3

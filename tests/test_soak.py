@@ -15,7 +15,7 @@ import pytest
 from trace_sdk import EdgeDetector
 from trace_sdk.errors import ImageError
 
-ANSWERS = int(os.environ.get("TRACE_SOAK", "300"))
+ANSWERS = int(os.environ.get("TRACE_SOAK", "1000"))
 ENGINE = os.environ.get("TRACE_SOAK_ENGINE")
 ALLOWED = 8 << 20  # bytes; the tables and pools of an allocator breathe
 

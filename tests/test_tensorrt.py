@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,8 @@ def test_a_plan_is_built_without_a_gpu(tiny_engine: Path, tmp_path: Path) -> Non
     assert built.runtime_version == tensorrt.load_package("tensorrt-rtx").__version__ and built.gpu == ""
     assert built.profile == {"min": [1, 16, 16, 3], "opt": [1, 128, 128, 3], "max": [8, 1024, 1024, 3]}
     assert built.onnx_sha256 == EdgeDetector(tiny_engine).info["engine_sha256"]
+    said = CliRunner().invoke(main, ["info", f"{out}", "--json"])
+    assert said.exit_code == 0 and json.loads(said.output)["built"] == dataclasses.asdict(built)
 
 
 @needs_rtx

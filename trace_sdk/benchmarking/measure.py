@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def benchmark(
         changes, known = _answers_checked(engines, files[0], size)
         tasks: dict[str, dict[str, Any]] = {}
         for engine, label in _labels(known).items():
-            for device in devices():
+            for device in devices(engine):
                 tasks[f"{label} on {device}"] = {"engine": engine, "device": device, "size": size}
         tasks |= {name: {"baseline": name} for name in installed_baselines()}
         missing = {name: f"not installed: {line}" for name, (module, line) in _NEEDS.items() if not find_spec(module)}
@@ -100,8 +101,13 @@ def steps(engines: int, rounds: int) -> int:
     return (engines * len(devices()) + len(installed_baselines())) * (COLD_STARTS + rounds)
 
 
-def devices() -> list[str]:
-    """The devices that onnxruntime says it has; a device that does not start is reported as not measured."""
+def devices(engine: str | os.PathLike[str] = "") -> list[str]:
+    """The devices that onnxruntime says it has; a device that does not start is reported as not measured.
+
+    A TensorRT `engine` file has one.
+    """
+    if Path(engine).suffix == ".engine":
+        return ["cuda"]
     import onnxruntime
 
     from trace_sdk.engines.onnx import CUDA
@@ -128,7 +134,7 @@ def _answers_checked(
     """Each engine → mean difference of its probability from the first one's, and its info. Speed comes after."""
     changes, known, first = {}, {}, None
     for engine in engines:
-        edges = EdgeDetector(engine, device="cpu", size=size).run(photo)
+        edges = EdgeDetector(engine, device=devices(engine)[0], size=size).run(photo)
         first = edges if first is None else first
         changes[os.fspath(engine)] = float(np.abs(edges.probability - first.probability).mean())
         known[os.fspath(engine)] = edges.info

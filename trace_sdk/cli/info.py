@@ -19,7 +19,8 @@ from trace_sdk.cli.console import output
 def command(engine: str | None, device: str, as_json: bool) -> None:
     """Show what ENGINE says about itself, after checking that the file is whole.
 
-    ENGINE is an .onnx file or the name of a bundled engine; by default trace-small.
+    ENGINE is an .onnx file, a TensorRT .engine file, or the name of a bundled engine; by default trace-small. Of a
+    TensorRT file it tells what it was built for, without the GPU.
 
     \b
     Examples:
@@ -30,22 +31,23 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
     Exit code: 0 fine, 1 the engine is missing, corrupt or foreign, 2 wrong usage
     """
     from trace_sdk.engines import open_engine, read_engine
+    from trace_sdk.engines.plan import MAGIC, unpack
 
-    opened = open_engine(engine, device)
     model, source = read_engine(engine)
-    facts: dict[str, Any] = {
-        "file": source,
-        "bytes": len(model),
-        "sha256": opened.sha256,
-        "device": opened.device,
-        "device_reason": opened.device_reason,
-        "provider": opened.provider,
-        **asdict(opened.manifest),
-    }
+    facts: dict[str, Any] = {"file": source, "bytes": len(model)}
+    if model.startswith(MAGIC):
+        manifest, built, _, facts["sha256"] = unpack(model, source)
+        facts |= {"built": asdict(built)}
+    else:
+        opened = open_engine(engine, device)
+        manifest = opened.manifest
+        for name in ("sha256", "device", "device_reason", "provider"):
+            facts[name] = getattr(opened, name)
+    facts |= asdict(manifest)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    table = Table(title=f"{opened.manifest.name} (sha256 verified)", show_header=False, title_justify="left")
+    table = Table(title=f"{manifest.name} (sha256 verified)", show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():

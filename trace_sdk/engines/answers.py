@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,24 @@ from numpy.typing import NDArray
 
 from trace_sdk.errors import EngineError
 
+_NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad.?alloc|cudaErrorMemoryAllocation", re.IGNORECASE)
 ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
+
+
+def halved_once(run: Callable[[NDArray[np.uint8]], NDArray[Any]], batch: NDArray[np.uint8]) -> NDArray[Any]:
+    """The answers to a batch, in two halves if the device has not the memory for all of it.
+
+    Raises:
+        EngineError: of `run`, also if half of it is too large.
+    """
+    try:
+        return run(batch)
+    except EngineError as error:
+        if len(batch) == 1 or not _NO_MEMORY.search(str(error)):
+            raise
+    # Here and not above: the error's traceback holds what the failed run had allocated.
+    middle = len(batch) // 2
+    return np.concatenate([run(batch[:middle]), run(batch[middle:])])
 
 
 def checked(answer: NDArray[Any], batch: NDArray[np.uint8], source: str, device: str) -> NDArray[np.float32]:

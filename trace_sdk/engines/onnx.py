@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from trace_sdk.engines.answers import checked
+from trace_sdk.engines.answers import checked, halved_once
 from trace_sdk.engines.manifest import Manifest, verify_seal
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
 from trace_sdk.machine import cache_folder, usable_cpus
@@ -60,7 +60,7 @@ class OnnxEngine:
         with self._one_at_a_time:
             if self.provider == CPU and len(batch) > 1:
                 return np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
-            return self._run(batch)
+            return halved_once(self._run, batch)
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trace_sdk.engines.answers import checked
+from trace_sdk.engines.answers import checked, halved_once
 from trace_sdk.engines.plan import Built, unpack
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
 
@@ -102,7 +102,8 @@ class TensorRTEngine:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
         most = self.built.profile["max"][0]
         with self._one_at_a_time:
-            answers = [self._run(batch[start : start + most]) for start in range(0, len(batch), most)]
+            parts = [batch[start : start + most] for start in range(0, len(batch), most)]
+            answers = [halved_once(self._run, part) for part in parts]
         return checked(np.concatenate(answers), batch, self._source, self.device)
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk import __version__
-from trace_sdk.engines.answers import checked
+from trace_sdk.engines.answers import checked, halved_once
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.errors import EngineError, MissingExtraError
 
@@ -86,8 +86,10 @@ class TorchEngine:
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
         with self._one_at_a_time:
-            parts = [batch[i : i + 1] for i in range(len(batch))] if self.device == "cpu" else [batch]
-            answer = np.concatenate([self._run(part) for part in parts])
+            if self.device == "cpu":
+                answer = np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
+            else:
+                answer = halved_once(self._run, batch)
         return checked(answer, batch, self._source, self.device)
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
