@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
 from trace_sdk.evaluation.baselines import lab_gradient
+from trace_sdk.labelling.images import find_images
+from trace_sdk.labelling.label import LabelJob
 from trace_sdk.pretraining.pretrain import (
     PretrainSettings,
     flow_matching_loss,
@@ -28,7 +30,6 @@ from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.student.snapping import snap
-from trace_sdk.teacher.labeller import label_folder
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 from trace_sdk.training.state import load_state, save_state
 
@@ -67,13 +68,8 @@ def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def labels(tiny_backbone: PixelBackbone, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("labels")
-    label_folder(
-        Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.3,))),
-        list_photos([photos]),
-        photos,
-        out,
-        "sha",
-    )
+    teacher = Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.3,)))
+    LabelJob(teacher, find_images(photos), out, "sha").run()
     return out
 
 

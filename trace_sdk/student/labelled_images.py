@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,30 @@ from PIL import Image
 from torch import Tensor
 
 from trace_sdk.errors import DatasetError
-from trace_sdk.pretraining.training_images import list_photos, open_photo
+from trace_sdk.images import read_image
+from trace_sdk.labelling.images import Where, find_images
+from trace_sdk.labelling.states import label_file
 from trace_sdk.student.snapping import snap
-from trace_sdk.teacher.labeller import label_file
 from trace_sdk.teacher.labels import load_label
 from trace_sdk.teacher.pseudo_labels import UNCERTAIN, standard_scores
 
 
 class LabelledImages:
-    """The photos below `photos` that have a label file below `labels`.
+    """The images that have a label file below `labels`.
+
+    Args:
+        images: what `trace-sdk label` was given: folders, patterns, lists, COCO files or tars; see `find_images`.
 
     Raises:
-        DatasetError: no photo has a label.
+        DatasetError: no image has a label.
     """
 
-    def __init__(self, photos: Path, labels: Path, seed: int) -> None:
-        self.pairs = [
-            (photo, file) for photo in list_photos([photos]) if (file := label_file(photo, photos, labels)).is_file()
-        ]
+    def __init__(self, images: Where | Iterable[Where], labels: Path, seed: int) -> None:
+        found = find_images(images)
+        self.pairs = [(image, file) for image in found if (file := label_file(labels, image.name)).is_file()]
         if not self.pairs:
             raise DatasetError(
-                f"No photo below {photos} has a label below {labels}. Run `trace-sdk label {photos} -o {labels}`."
+                f"None of {len(found)} photos has a label below {labels}. Run `trace-sdk label PHOTOS -o {labels}`."
             )
         self._seed = seed
 
@@ -51,8 +55,9 @@ class LabelledImages:
     def _crop(
         self, rng: np.random.Generator, size: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
-        photo_file, label_file = self.pairs[rng.integers(len(self.pairs))]
-        photo, label = open_photo(photo_file), load_label(label_file)
+        named, file = self.pairs[rng.integers(len(self.pairs))]
+        # As the teacher saw it: upright by EXIF, alpha on white.
+        photo, label = Image.fromarray(read_image(named.read(), named.name).rgb), load_label(file)
         short = min(photo.size)
         side = min(short, round(short * rng.uniform(0.5, 1.0)))
         left, top = int(rng.integers(0, photo.width - side + 1)), int(rng.integers(0, photo.height - side + 1))
