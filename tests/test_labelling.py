@@ -374,3 +374,27 @@ def test_student_crops_lie_as_the_teacher_saw_them(tiny_backbone: PixelBackbone,
     images, _, _ = LabelledImages(tmp_path, tmp_path / "labels", 0).batch(0, 8, 64)
     rows, columns = images.mean((1, 3)), images.mean((1, 2))
     assert rows.std(1).max() > 0.5 and columns.std(1).max() < 0.05
+
+
+def test_ray_fills_the_same_folder(tiny_backbone: PixelBackbone, many: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'trace-sdk[ray]'")
+    from trace_sdk.labelling.ray import RayLabeller, image_rows
+
+    tiny_backbone.save(tmp_path / "backbone")
+    few = [many / f"p0{number}.png" for number in range(3)] + [many / "p03b.png", many / "t.tar"]
+    weights = {"backbone": str(tmp_path / "backbone"), "settings": SMALL}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        rows = ray.data.from_items(image_rows(few)).map_batches(
+            RayLabeller, fn_constructor_kwargs=weights | {"labels": str(tmp_path / "ray")}, batch_size=1, concurrency=1
+        )
+        said = {row["name"]: (row["state"], row["reason"]) for row in rows.take_all()}
+    finally:
+        ray.shutdown()
+    teacher = Teacher(PixelBackbone.load(tmp_path / "backbone"), SMALL)
+    here = LabelJob(teacher, find_images(few), tmp_path / "here", PixelBackbone.sha256(tmp_path / "backbone"))
+    failed = here.run().failed
+    assert said == {name: ("failed", failed[name]) if name in failed else ("done", "") for name in here._names}
+    made = contents(tmp_path / "ray")
+    assert len(made) == 9 + 1 + 1 and made == {k: v for k, v in contents(tmp_path / "here").items() if k in made}
+    assert set(contents(tmp_path / "here")) - set(made) == {"manifest.jsonl"}

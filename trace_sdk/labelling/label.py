@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,12 +67,48 @@ class LabelSummary:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """An image as the teacher takes it; its pixels only where they are to be plotted."""
 
     name: str
     prepared: Tensor
     rgb: NDArray[np.uint8] | None
+
+
+def load(teacher: Teacher, image: NamedImage, *, keep_pixels: bool = False) -> Ready:
+    """Read and decode an image. Raises ImageError if that cannot be done."""
+    rgb = read_image(image.read(), image.name).rgb
+    return Ready(image.name, teacher.prepare(rgb), rgb if keep_pixels else None)
+
+
+def alike(images: Iterable[Ready], batch: int) -> Iterator[list[Ready]]:
+    """Images of one shape together, `batch` at a time."""
+    by_shape: dict[torch.Size, list[Ready]] = {}
+    for image in images:
+        by_shape.setdefault(image.prepared.shape, []).append(image)
+    for same in by_shape.values():
+        for start in range(0, len(same), batch):
+            yield same[start : start + batch]
+
+
+def annotate(teacher: Teacher, group: Sequence[Ready], *, halve: bool = True) -> list[Annotation]:
+    """What the teacher says about images of one shape; in two halves where GPU memory does not hold them all.
+
+    Raises:
+        DeviceError: it does not hold a half, either.
+    """
+    try:
+        return teacher.annotate_batch([image.prepared for image in group])
+    except torch.OutOfMemoryError:
+        middle = len(group) // 2
+    torch.cuda.empty_cache()
+    if not (halve and middle):
+        height, width = group[0].prepared.shape[-2:]
+        raise DeviceError(
+            f"Not enough GPU memory for {len(group)} images of {height}×{width} px. Lower --batch or --size, read in "
+            "windows (--tile), or hold no N×N map (--iep-rows 256 --form log-per-head)."
+        )
+    return annotate(teacher, group[:middle], halve=False) + annotate(teacher, group[middle:], halve=False)
 
 
 class LabelJob:
@@ -141,8 +177,10 @@ class LabelJob:
                 while shard := upcoming.result():
                     upcoming = loader.submit(self._next_shard, decoders)
                     key, ready = shard
-                    for group in self._batches(ready):
-                        annotations = self._annotate([image.prepared for image in group])
+                    for group in alike(ready, self._batch):
+                        if not any(image.name in self._pending for image in group):
+                            continue
+                        annotations = annotate(self._teacher, group)
                         if written:
                             written.result()
                         self._plot(group, annotations)
@@ -155,7 +193,7 @@ class LabelJob:
                 self._stopped.set()
         return self._summary
 
-    def _next_shard(self, decoders: ThreadPoolExecutor) -> tuple[str, list[_Ready]] | None:
+    def _next_shard(self, decoders: ThreadPoolExecutor) -> tuple[str, list[Ready]] | None:
         """A claimed shard with its images decoded; None when nobody has anything left to do."""
         while self._open:
             for key, shard in list(self._open.items()):
@@ -184,47 +222,22 @@ class LabelJob:
                     self._settle(image.name)
         return left
 
-    def _load(self, image: NamedImage) -> _Ready | None:
+    def _load(self, image: NamedImage) -> Ready | None:
         try:
-            rgb = read_image(image.read(), image.name).rgb
+            return load(self._teacher, image, keep_pixels=self._plots)
         except TraceError as error:
             if image.name in self._pending:
                 record_failure(self._labels, image.name, str(error))
                 self._settle(image.name, str(error))
             return None
-        return _Ready(image.name, self._teacher.prepare(rgb), rgb if self._plots else None)
 
-    def _batches(self, ready: list[_Ready]) -> Iterator[list[_Ready]]:
-        """Images of one shape together, `batch` at a time; those whose labels are all there are left out."""
-        by_shape: dict[torch.Size, list[_Ready]] = {}
-        for image in ready:
-            by_shape.setdefault(image.prepared.shape, []).append(image)
-        for alike in by_shape.values():
-            for start in range(0, len(alike), self._batch):
-                group = alike[start : start + self._batch]
-                if any(image.name in self._pending for image in group):
-                    yield group
-
-    def _annotate(self, prepared: list[Tensor], *, halve: bool = True) -> list[Annotation]:
-        try:
-            return self._teacher.annotate_batch(prepared)
-        except torch.OutOfMemoryError:
-            middle = len(prepared) // 2
-        torch.cuda.empty_cache()
-        if not (halve and middle):
-            raise DeviceError(
-                f"Not enough GPU memory for {len(prepared)} images of {tuple(prepared[0].shape[-2:])} px. Lower "
-                "--batch or --size, read in windows (--tile), or hold no N×N map (--iep-rows 256 --form log-per-head)."
-            )
-        return self._annotate(prepared[:middle], halve=False) + self._annotate(prepared[middle:], halve=False)
-
-    def _plot(self, group: list[_Ready], annotations: list[Annotation]) -> None:
+    def _plot(self, group: list[Ready], annotations: list[Annotation]) -> None:
         for image, annotation in zip(group, annotations, strict=True):
             if image.rgb is not None and image.name in self._pending:
                 file = label_file(self._labels, image.name).with_suffix(".png")
                 plot(self._teacher, image.rgb, annotation, file)
 
-    def _write(self, group: list[_Ready], annotations: list[Annotation]) -> None:
+    def _write(self, group: list[Ready], annotations: list[Annotation]) -> None:
         for image, annotation in zip(group, annotations, strict=True):
             if image.name in self._pending:
                 save_label(label_file(self._labels, image.name), annotation)

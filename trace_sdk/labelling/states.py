@@ -30,6 +30,12 @@ def state(labels: Path, name: str) -> str:
     return FAILED if _failure_file(labels, name).is_file() else PENDING
 
 
+def failure(labels: Path, name: str) -> str:
+    """Why an image failed, "" if it did not."""
+    file = _failure_file(labels, name)
+    return file.read_text().strip() if state(labels, name) == FAILED else ""
+
+
 def record_failure(labels: Path, name: str, reason: str) -> None:
     """Say why there will be no label."""
     write_text(_failure_file(labels, name), f"{reason}\n")
@@ -47,7 +53,7 @@ def write_manifest(labels: Path, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         line = {"image": name, "state": state(labels, name)}
         if line["state"] == FAILED:
-            line["reason"] = reasons[name] = _failure_file(labels, name).read_text().strip()
+            line["reason"] = reasons[name] = failure(labels, name)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(labels / MANIFEST, "".join(lines))
     return reasons
