@@ -90,8 +90,9 @@ def test_cut_pretraining_ends_with_the_same_weights(photos: Path, tmp_path: Path
     pretrain(images, tmp_path / "cut", settings)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    steps = (tmp_path / "cut/log.jsonl").read_text().splitlines()
-    assert [f'"step": {k}' in line for k, line in enumerate(steps, 1)] == [True] * 6
+    curves = [(tmp_path / part / "curves.csv").read_text() for part in ("whole", "cut")]
+    assert curves[0] == curves[1] and [line.split(",")[0] for line in curves[0].splitlines()] == ["step", *"123456"]
+    assert [float(line.split(",")[1]) for line in curves[0].splitlines()[1:]] == pytest.approx(losses, rel=1e-5)
 
 
 def test_pretraining_learns(photos: Path, tmp_path: Path) -> None:
@@ -255,7 +256,9 @@ def test_reconstruction_is_the_mean_square() -> None:
 
 def test_best_threshold_separates() -> None:
     probability = torch.tensor([0.1, 0.2, 0.62, 0.7])
-    assert 0.2 < best_threshold(probability, torch.tensor([False, False, True, True])) <= 0.62
+    threshold, f_measure = best_threshold(probability, torch.tensor([False, False, True, True]))
+    assert 0.2 < threshold <= 0.62 and f_measure == 1
+    assert best_threshold(probability, torch.tensor([True, False, True, True]))[1] == pytest.approx(6 / 7)
 
 
 @pytest.mark.parametrize("batches", [0, 2])
