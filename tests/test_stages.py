@@ -84,7 +84,7 @@ def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.
     index = json.loads((student / "student.json").read_text())
     assert index["distilled_steps"] == 2
     again = run(*label)
-    assert "0 labelled, 4 were there already" in again.output
+    assert "0 labelled" in again.output and "4 were there already" in again.output
 
 
 @pytest.mark.parametrize(

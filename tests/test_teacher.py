@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.student.model import Student
 from trace_sdk.teacher.emergence import TRAJECTORIES
-from trace_sdk.teacher.labeller import label_file, label_folder
 from trace_sdk.teacher.labels import load_label
 from trace_sdk.teacher.plot import attention_pca, colour_labels, plot
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
@@ -194,36 +192,6 @@ def test_settings_out_of_range(tiny_backbone: PixelBackbone, setting: dict, frag
         Teacher(tiny_backbone, TeacherSettings(**setting))
 
 
-def test_folder_resumes_and_gives_the_same_bytes(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
-    teacher = Teacher(tiny_backbone, SMALL)
-    files = sorted(p for p in photos.rglob("*") if p.is_file())
-    whole = label_folder(teacher, files, photos, tmp_path / "whole", "sha")
-    assert (whole.done, whole.skipped, whole.failed) == (4, 0, {})
-    label_folder(teacher, files[:2], photos, tmp_path / "cut", "sha")
-    rest = label_folder(teacher, files, photos, tmp_path / "cut", "sha")
-    assert (rest.done, rest.skipped) == (2, 2)
-    for file in files:
-        one, two = (label_file(file, photos, tmp_path / part) for part in ("whole", "cut"))
-        assert one.read_bytes() == two.read_bytes()
-    label = load_label(label_file(photos / "more/a.png", photos, tmp_path / "whole"))
-    assert label.labels.shape == (10, 12) and label.about["timesteps"]
-
-
-def test_bad_photo_is_reported_and_the_others_done(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_text("not a photo")
-    good = tmp_path / "good.png"
-    good.write_bytes((photos / "a.png").read_bytes())
-    summary = label_folder(Teacher(tiny_backbone, SMALL), [broken, good], tmp_path, tmp_path / "labels", "sha")
-    assert summary.done == 1 and "broken.jpg" in summary.failed[str(broken)]
-
-
-def test_labels_of_two_makings_are_not_mixed(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
-    label_folder(Teacher(tiny_backbone, SMALL), [photos / "a.png"], photos, tmp_path, "sha")
-    with pytest.raises(ArgumentError, match="another backbone or other settings"):
-        label_folder(Teacher(tiny_backbone, SMALL), [photos / "b.jpg"], photos, tmp_path, "other sha")
-
-
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a label"])
 def test_damaged_label_files(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.npz"
@@ -244,9 +212,3 @@ def test_label_colours_and_pca_ranges() -> None:
     assert len({tuple(c) for c in colours[0]}) == 3
     pca = attention_pca(torch.randn(48, 48).log_softmax(-1), (6, 8))
     assert pca.shape == (6, 8, 3) and pca.min() >= 0 and pca.max() <= 1
-
-
-def test_index_says_how_the_labels_were_made(tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path) -> None:
-    label_folder(Teacher(tiny_backbone, SMALL), [photos / "a.png"], photos, tmp_path, "abc")
-    index = json.loads((tmp_path / "labels.json").read_text())
-    assert index["backbone_sha256"] == "abc" and index["settings"]["size"] == 96

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
 from trace_sdk.evaluation.baselines import lab_gradient
+from trace_sdk.labelling.images import find_images
+from trace_sdk.labelling.label import LabelJob
 from trace_sdk.pretraining.pretrain import (
     PretrainSettings,
     flow_matching_loss,
@@ -28,7 +30,6 @@ from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.student.snapping import snap
-from trace_sdk.teacher.labeller import label_folder
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 from trace_sdk.training.state import load_state, save_state
 
@@ -67,13 +68,8 @@ def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def labels(tiny_backbone: PixelBackbone, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("labels")
-    label_folder(
-        Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.3,))),
-        list_photos([photos]),
-        photos,
-        out,
-        "sha",
-    )
+    teacher = Teacher(tiny_backbone, TeacherSettings(size=96, timesteps=(0.3,)))
+    LabelJob(teacher, find_images(photos), out, "sha").run()
     return out
 
 
@@ -94,8 +90,9 @@ def test_cut_pretraining_ends_with_the_same_weights(photos: Path, tmp_path: Path
     pretrain(images, tmp_path / "cut", settings)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    steps = (tmp_path / "cut/log.jsonl").read_text().splitlines()
-    assert [f'"step": {k}' in line for k, line in enumerate(steps, 1)] == [True] * 6
+    curves = [(tmp_path / part / "curves.csv").read_text() for part in ("whole", "cut")]
+    assert curves[0] == curves[1] and [line.split(",")[0] for line in curves[0].splitlines()] == ["step", *"123456"]
+    assert [float(line.split(",")[1]) for line in curves[0].splitlines()[1:]] == pytest.approx(losses, rel=1e-5)
 
 
 def test_pretraining_learns(photos: Path, tmp_path: Path) -> None:
@@ -259,7 +256,9 @@ def test_reconstruction_is_the_mean_square() -> None:
 
 def test_best_threshold_separates() -> None:
     probability = torch.tensor([0.1, 0.2, 0.62, 0.7])
-    assert 0.2 < best_threshold(probability, torch.tensor([False, False, True, True])) <= 0.62
+    threshold, f_measure = best_threshold(probability, torch.tensor([False, False, True, True]))
+    assert 0.2 < threshold <= 0.62 and f_measure == 1
+    assert best_threshold(probability, torch.tensor([True, False, True, True]))[1] == pytest.approx(6 / 7)
 
 
 @pytest.mark.parametrize("batches", [0, 2])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
@@ -92,6 +93,18 @@ def read_image(image: ImageInput, source: str | None = None) -> Image:
         f"{source or 'image'}: cannot make a picture of {type(image).__name__}. Pass a path, bytes, a binary "
         f"file, a PIL image, a numpy array or a torch tensor.{hint}"
     )
+
+
+def upright_size(data: bytes, source: str) -> tuple[int, int]:
+    """(width, height) of an encoded picture as `read_image` turns it, without decoding its pixels.
+
+    Raises:
+        ImageError: it is none of the readable formats.
+    """
+    with _damage_reported(source), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        turned = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        width, height = picture.size
+    return (height, width) if turned else (width, height)
 
 
 def _finish(rgb: NDArray[np.uint8], source: str) -> Image:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -66,7 +67,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+def progress(description: str, total: int, done: int = 0, unit: str | None = None) -> Iterator[Advance]:
     """A progress bar on stderr, or one plain line every 30 s and at the end where stderr is not a terminal.
 
         with progress("label", total=len(photos)) as advance:
@@ -74,43 +75,64 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
                 ...
                 advance(note=photo.name)
 
-    `done` is where a resumed job stands already.
+    `done` is where a resumed job stands already. With a `unit` its rate is shown, and the time left in a log.
     """
-    with (_bar if errors.is_terminal else _lines)(description, total, done) as advance:
+    with (_bar if errors.is_terminal else _lines)(description, total, done, unit) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
+def _bar(description: str, total: int, done: int, unit: str | None) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=errors) as bar:
-        task = bar.add_task(description, total=total, completed=done, note="")
+        task = bar.add_task(description, total=total, completed=done, note="", rate="")
+        pace = _Pace(unit)
 
         def advance(steps: int = 1, note: str = "") -> None:
-            bar.update(task, advance=steps, note=note)
+            bar.update(task, advance=steps, note=note, rate=pace.add(steps))
 
         yield advance
 
 
 @contextmanager
-def _lines(description: str, total: int, done: int) -> Iterator[Advance]:
+def _lines(description: str, total: int, done: int, unit: str | None) -> Iterator[Advance]:
     last = time.monotonic()
+    pace = _Pace(unit)
 
     def advance(steps: int = 1, note: str = "") -> None:
         nonlocal done, last
         done += steps
+        rate = pace.add(steps)
         if done >= total or time.monotonic() - last >= PLAIN_LINE_EVERY:
             last = time.monotonic()
-            line = f"{description}: {done}/{total} {note}".rstrip()
+            left = f", {timedelta(seconds=round(pace.seconds(total - done)))} left," if rate and done < total else ""
+            line = " ".join(filter(None, (f"{description}: {done}/{total}", rate + left, note)))
             errors.print(line, markup=False, soft_wrap=True)
 
     yield advance
+
+
+class _Pace:
+    """How fast a job goes since it was started or resumed."""
+
+    def __init__(self, unit: str | None) -> None:
+        self._unit, self._start, self._done = unit, time.monotonic(), 0
+
+    def add(self, steps: int) -> str:
+        """The rate with `steps` more done, "" without a unit."""
+        self._done += steps
+        return f"{self._done / max(time.monotonic() - self._start, 1e-9):.2f} {self._unit}/s" if self._unit else ""
+
+    def seconds(self, steps: int) -> float:
+        """That `steps` more take at this rate."""
+        return (time.monotonic() - self._start) / max(self._done, 1) * steps
 
 
 @contextmanager

@@ -1,17 +1,18 @@
-"""trace-sdk label: the teacher over a folder of photos."""
+"""trace-sdk label: the teacher over a data set."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import FAILED, output, progress, say_error
+from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
 @click.option(
     "--backbone",
     required=True,
@@ -23,7 +24,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder for the labels, one .npz a photo.",
+    help="Folder for the labels, one .npz an image; may be shared by processes and machines.",
 )
 @click.option("--size", default=512, show_default=True, help="Longest side shown to the backbone, in px.")
 @click.option(
@@ -83,7 +84,14 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
-@click.option("--limit", type=int, help="Only the first N photos.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
+@click.option(
+    "--batch",
+    default=1,
+    show_default=True,
+    help="Images of one shape that go through the model together; on a GPU larger is faster, up to its memory.",
+)
+@click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
 @click.option(
     "--plot",
     "plots",
@@ -92,7 +100,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def command(
-    photos: Path,
+    images: tuple[str, ...],
     backbone: Path,
     out: Path,
     size: int,
@@ -109,29 +117,48 @@ def command(
     precision: str,
     seed: int,
     limit: int | None,
+    batch: int,
+    retry_failed: bool,
     plots: bool,
     device: str,
 ) -> None:
-    """Find instance edges in the photos below PHOTOS (a folder, or one photo) without any annotation.
+    """Find instance edges in IMAGES without any annotation.
 
-    For each photo: noise it step by step, find the timestep t* where self-attention changes most (IEP, by KL),
+    For each image: noise it step by step, find the timestep t* where self-attention changes most (IEP, by KL),
     measure there how much attention differs between neighbours (ABDiv), and call each 8×8 px token an edge
     (above μ+σ), interior (below μ−σ) or uncertain.
 
-    Photos that have a label are skipped, so a run that was cut goes on. One that cannot be read is reported and
-    the others are still done; the exit code is then 1.
+    \b
+    IMAGES, one or several, of which only file names are read, never annotations:
+      photos/                  a folder with its sub-folders; of VOC its JPEGImages/
+      'photos/**/*.jpg'        a pattern, quoted
+      train.txt                a list of paths, or of ids in VOC's ImageSets/
+      instances_val2017.json   the images that a COCO file names
+      'shards/*.tar'           WebDataset
+
+    Look at one photo first, then label all and distil:
 
     \b
-    Look at one photo first:
       trace-sdk label cars.jpg --backbone runs/backbone -o runs/look --plot
-    Then label a folder and distil:
       trace-sdk label photos/ --backbone runs/backbone -o runs/labels
       trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student
+
+    Several GPUs or machines: run the same command on each, with its own --device; they share the work in LABELS and
+    each ends when all is done. A run that was cut, even by kill -9, goes on where it was, and ends with the bytes of
+    one that was not. An image that cannot be read fails, with its reason, and the others are still done;
+    manifest.jsonl in LABELS lists each image's state.
+
+    \b
+    Exit code:
+      0    every image has a label
+      1    an image failed (now or in an earlier run), or the model, the device or the folder did
+      2    wrong usage
+      130  interrupted; run it again to go on
     """
     from trace_sdk.backbones.device import torch_device
     from trace_sdk.backbones.pixel import PixelBackbone
-    from trace_sdk.pretraining.training_images import list_photos
-    from trace_sdk.teacher.labeller import label_folder
+    from trace_sdk.labelling.images import find_images
+    from trace_sdk.labelling.label import LabelJob
     from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
     settings = TeacherSettings(
@@ -150,25 +177,27 @@ def command(
         seed=seed,
     )
     settings.check()
-    single = photos.is_file()
-    files = [photos] if single else list_photos([photos])[:limit]
+    found = find_images(images)[:limit]
     teacher = Teacher(PixelBackbone.load(backbone).to(torch_device(device)), settings)
-    with progress("label", total=len(files)) as advance:
-        summary = label_folder(
-            teacher,
-            files,
-            photos.parent if single else photos,
-            out,
-            PixelBackbone.sha256(backbone),
-            plots=plots,
-            report=lambda photo: advance(note=photo.name),
-        )
-    for reason in summary.failed.values():
-        say_error(reason)
-    found = f", median t* = {statistics.median(summary.t_star):g}" if summary.t_star else ""
-    output.print(
-        f"{summary.done} labelled, {summary.skipped} were there already, {len(summary.failed)} failed{found}. "
-        f"Labels: {out}"
-    )
+    sha256 = PixelBackbone.sha256(backbone)
+    job = LabelJob(teacher, found, out, sha256, batch=batch, retry_failed=retry_failed, plots=plots)
+    start = time.perf_counter()
+    with progress("label", total=len(found), done=job.before, unit="images") as advance:
+
+        def report(name: str, reason: str | None) -> None:
+            if reason:
+                say_error(reason)
+            advance(note=name)
+
+        summary = job.run(report)
+    seconds = time.perf_counter() - start
+    parts = [f"{summary.done} labelled in {seconds:.1f} s ({summary.done / max(seconds, 1e-9):.2f} images/s)"]
+    parts += [f"{summary.before} were there already"] if summary.before else []
+    parts += [f"{summary.elsewhere} done by other processes"] if summary.elsewhere else []
+    parts += [f"{len(summary.failed)} failed"]
+    parts += [f"median t* = {statistics.median(summary.t_star):g}"] if summary.t_star else []
+    output.print(f"{', '.join(parts)}. Labels: {out}", markup=False, soft_wrap=True)
     if summary.failed:
+        again = "Reasons are in manifest.jsonl there; --retry-failed tries again."
+        errors.print(again, markup=False, soft_wrap=True)
         raise click.exceptions.Exit(FAILED)

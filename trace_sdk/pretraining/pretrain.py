@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_text
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.pretraining.training_images import TrainingImages
@@ -74,7 +72,7 @@ def pretrain(
 
     Args:
         images: what to train on; each step's batch depends on (seed, step) alone.
-        out: folder for the state (`state.safetensors`), the log (`log.jsonl`) and the EMA weights in diffusers'
+        out: folder for the state (`state.safetensors`), the curves (`curves.csv`) and the EMA weights in diffusers'
             own format.
         start: folder of weights to start a new run from.
         save_seconds: how often the state is saved.
@@ -102,7 +100,6 @@ class _Trainer:
     ) -> None:
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
-        self.log: list[str] = []  # of the steps since the last save
         if start is None:
             model = PixelBackbone.create(num_single_layers=settings.layers, num_attention_heads=settings.heads)
         else:
@@ -144,7 +141,6 @@ class _Trainer:
             keep = min(self.settings.ema, (self.step + 1) / (self.step + 10))
             for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 average.lerp_(value, 1 - keep)
-        self.log.append(json.dumps({"step": self.step, "loss": round(loss.item(), 5), "size": batch.shape[-1]}))
         return {"loss": loss.item()}
 
     def save(self, file: Path) -> None:
@@ -153,11 +149,6 @@ class _Trainer:
         for number, optimizer in enumerate(self.optimizers):
             tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
         save_state(file, tensors, self.step, asdict(self.settings))
-        history = file.with_name("log.jsonl")
-        earlier = history.read_text().splitlines() if history.is_file() else []
-        kept = [line for line in earlier if json.loads(line)["step"] <= self.step - len(self.log)]
-        write_text(history, "".join(f"{line}\n" for line in kept + self.log))
-        self.log.clear()
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)

@@ -13,8 +13,10 @@ STEPS = 99
 
 
 @torch.inference_mode()
-def calibrate_threshold(student: Student, images: LabelledImages, size: int, crops: int = 48) -> float:
-    """The probability k/100 with the best F-measure against the snapped edge labels, over crops of side `size`.
+def calibrate_threshold(student: Student, images: LabelledImages, size: int, crops: int = 48) -> tuple[float, float]:
+    """The probability k/100 with the best F-measure against the snapped edge labels, and that F-measure.
+
+    Over crops of side `size`, the same ones each time.
 
     Uncertain pixels count as no edge here: left out, they would let the threshold fall until bands fill them.
     """
@@ -28,8 +30,8 @@ def calibrate_threshold(student: Student, images: LabelledImages, size: int, cro
     return best_threshold(torch.cat(probabilities), torch.cat(truths))
 
 
-def best_threshold(probability: Tensor, truth: Tensor) -> float:
-    """k/100 that gives the best F-measure of `probability ≥ k/100` against bool `truth`, both [n]."""
+def best_threshold(probability: Tensor, truth: Tensor) -> tuple[float, float]:
+    """k/100 that gives the best F-measure of `probability ≥ k/100` against bool `truth`, both [n]; and it."""
     best, found = -1.0, 0.5
     for k in range(1, STEPS + 1):
         predicted = probability >= k / 100
@@ -37,4 +39,4 @@ def best_threshold(probability: Tensor, truth: Tensor) -> float:
         f_measure = 2 * overlap / max(1.0, float(predicted.sum() + truth.sum()))
         if f_measure > best:
             best, found = f_measure, k / 100
-    return found
+    return found, best

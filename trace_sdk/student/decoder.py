@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_sdk.student.colour_gradient import ColourGradient
+from trace_sdk.training.processes import SharedBatchNorm2d
 
 
 class EdgeDecoder(nn.Module):
@@ -22,7 +23,7 @@ class EdgeDecoder(nn.Module):
 
     def __init__(self, channels: int, width: int = 48) -> None:
         super().__init__()
-        self.standardise = nn.BatchNorm2d(channels)
+        self.standardise = SharedBatchNorm2d(channels)
         self.tokens = nn.Sequential(nn.Conv2d(channels, width, 1), nn.SiLU(), _conv(width, width), _conv(width, width))
         self.gradient = ColourGradient()
         self.stem1 = _conv(4, 12)

@@ -1,10 +1,16 @@
-"""One-step distillation (paper 3.4): LoRA on the backbone and the decoder, trained together on ternary labels."""
+"""One-step distillation (paper 3.4): LoRA on the backbone and the decoder, trained together on ternary labels.
+
+One process, or several that Hugging Face accelerate started: each takes its part of every batch, see
+`training.processes`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +18,12 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
+from trace_sdk.student.look import draw_validation
 from trace_sdk.student.losses import dice_loss, graded_loss, reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.training.crops import check_crops, draw_crops, step_generator
 from trace_sdk.training.loop import Report, train_until
+from trace_sdk.training.processes import average_gradients, join_processes, process_count, process_index, wait_for_all
 from trace_sdk.training.state import (
     check_same_run,
     load_state,
@@ -42,6 +50,12 @@ class DistillSettings:
             6,400 tokens about 11 MB a batch; seen on a CPU: 2.6 s a step at first, then 0.6 s.
         graded: weight of the graded term, see `losses`.
         reconstruction: weight of ‖I − Î‖².
+        precision: of the backbone's arithmetic, "bf16" or "fp32"; the decoder's is fp32 in both.
+        accumulate: parts that a step's batch goes through the model in, to need less memory. Dice, and the decoder's
+            normalisation, are then of each part, so that the curve is not quite that of the whole.
+        checkpointing: compute the activations of the backbone's blocks again in the backward pass, rather than
+            keep them.
+        validate_every: steps between two scores on held-out images.
     """
 
     steps: int = 1500
@@ -54,6 +68,10 @@ class DistillSettings:
     lora_learning_rate: float = 2e-4
     graded: float = 4.0
     reconstruction: float = 1.0
+    precision: str = "bf16"
+    accumulate: int = 1
+    checkpointing: bool = False
+    validate_every: int = 100
     seed: int = 0
 
     def check(self) -> None:
@@ -62,6 +80,12 @@ class DistillSettings:
             raise ArgumentError(
                 "steps must be ≥ 1, LoRA rank and batches ≥ 0 and lora_from in [0, 1]; "
                 f"got {self.steps}, {self.lora_rank}, {self.batches}, {self.lora_from}."
+            )
+        if self.precision not in ("bf16", "fp32"):
+            raise ArgumentError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
+        if self.accumulate < 1 or self.validate_every < 1:
+            raise ArgumentError(
+                f"accumulate and validate_every must be at least 1, got {self.accumulate} and {self.validate_every}."
             )
         check_crops(self.sizes, self.tokens)
 
@@ -72,6 +96,7 @@ def distill(
     out: Path,
     settings: DistillSettings,
     *,
+    held_out: LabelledImages | None = None,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
     report: Report = lambda step, losses: None,
@@ -81,7 +106,10 @@ def distill(
     Args:
         backbone: the teacher's backbone.
         images: photos with labels; each step's batch depends on (seed, step) alone.
-        out: folder for the state and the finished student.
+        out: folder for the state, the curves (`curves.csv`, `curves.png`) and the finished student.
+        held_out: labelled images that are not learnt from. The student is then the one of the step with the best
+            score on them: its edges' F-measure against the snapped labels at the best threshold. What it saw and
+            answered at each of these steps is drawn in `validation/`.
         save_seconds: how often the state is saved.
         report: called after each step with the steps done and the loss terms.
 
@@ -93,33 +121,57 @@ def distill(
         CheckpointError: the state in `out` cannot be read.
     """
     settings.check()
-    trainer = _Trainer(backbone, images, settings, device)
+    trainer = _Trainer(backbone, images, settings, join_processes(torch.device(device)), out, held_out)
     train_until(settings.steps, trainer, out, save_seconds, report)
+    about: dict[str, Any] = {"distilled_steps": trainer.step, "settings": asdict(settings)}
+    if held_out:
+        about |= trainer.take_best()
     student = trainer.student
     student.merge_lora()
     student.eval()
-    student.threshold = calibrate_threshold(student, images, settings.sizes[0])
-    student.save(out, {"distilled_steps": trainer.step, "settings": asdict(settings)})
+    student.threshold, _ = calibrate_threshold(student, held_out or images, settings.sizes[0])
+    if process_index() == 0:
+        student.save(out, about)
     return student
 
 
+BEST = "best.safetensors"
+
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images, snapped labels and graded edges; see `LabelledImages.batch`."""
+
+Part = tuple[float, Batch]
+"""The share of a step's batch that this part is over all processes, and what this process has of it."""
 
 
 class _Trainer:
     """Student, optimizer and step; all that a checkpoint must hold."""
 
     def __init__(
-        self, backbone: PixelBackbone, images: LabelledImages, settings: DistillSettings, device: torch.device | str
+        self,
+        backbone: PixelBackbone,
+        images: LabelledImages,
+        settings: DistillSettings,
+        device: torch.device,
+        out: Path,
+        held_out: LabelledImages | None,
     ) -> None:
+        parts = process_count() * settings.accumulate
+        if draw_crops((max(settings.sizes),), settings.tokens, step_generator(0, 0))[0] < parts:
+            raise ArgumentError(
+                f"{settings.tokens} tokens a step do not hold a crop of {max(settings.sizes)} px for each of {parts} "
+                f"parts ({process_count()} processes × {settings.accumulate}). Raise --tokens."
+            )
         torch.manual_seed(settings.seed)
-        self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
+        self.images, self.settings, self.device, self.step = images, settings, device, 0
+        self.out, self.held_out, self.best_score = out, held_out, -1.0
         self.student = Student(backbone)
         self.student.add_lora(settings.lora_rank)
+        if settings.checkpointing:
+            self.student.checkpoint_activations()
         self.student.to(self.device)
-        self.known: dict[int, Batch] = {}  # by number
-        self.read: dict[int, tuple[Tensor, Tensor]] = {}  # features and reconstruction of known batches
+        self.known: dict[int, list[Part]] = {}  # by number
+        self.read: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # features and reconstruction of known parts
         self.lora = [value for value in self.student.backbone.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -128,44 +180,52 @@ class _Trainer:
             ]
         )
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        """(number, images with labels); the number tells equal batches."""
+    def batch(self, step: int) -> tuple[int, list[Part]]:
+        """(number, this process's images with labels, part by part); the number tells equal batches."""
         settings = self.settings
         number = step % settings.batches if settings.batches else step
         if number in self.known:
             return number, self.known[number]
-        crops = draw_crops(settings.sizes, settings.tokens, step_generator(settings.seed, number))
-        batch = self.images.batch(number, *crops)
+        count, size = draw_crops(settings.sizes, settings.tokens, step_generator(settings.seed, number))
+        parts: list[Part] = []
+        for whole in np.array_split(np.arange(count), settings.accumulate):
+            own = np.array_split(whole, process_count())[process_index()]
+            parts.append((len(whole) / count, self.images.batch(number, count, size, own.tolist())))
         if settings.batches:
-            self.known[number] = batch
-        return number, batch
+            self.known[number] = parts
+        return number, parts
 
-    def features(self, number: int, images: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+    def features(self, key: tuple[int, int], images: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
         """The student's features and reconstruction; from memory while no LoRA changes them."""
         if joint:
             self.read.clear()
-        if number in self.read:
-            return self.read[number]
-        with torch.autocast(self.device.type, torch.bfloat16), torch.set_grad_enabled(joint):
+        if key in self.read:
+            return self.read[key]
+        reduced = self.settings.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), torch.set_grad_enabled(joint):
             answer = self.student.features(images)
         if self.settings.batches and not joint:
-            self.read[number] = answer
+            self.read[key] = answer
         return answer
 
-    def train(self, numbered: tuple[int, Batch]) -> dict[str, float]:
-        number, batch = numbered
-        images, labels, edges = (x.to(self.device) for x in batch)
+    def train(self, numbered: tuple[int, list[Part]]) -> dict[str, float]:
+        number, parts = numbered
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
         self.student.train()
-        features, reconstruction = self.features(number, images, joint=joint)
-        logits = self.student.decoder(features, images)
-        dice = dice_loss(logits, labels)
-        graded = graded_loss(logits, edges)
-        rebuilt = reconstruction_loss(reconstruction, images)
-        loss = dice + self.settings.graded * graded
-        if joint:
-            loss = loss + self.settings.reconstruction * rebuilt
-        loss.backward()  # type: ignore[no-untyped-call]
+        terms = {"dice": 0.0, "graded": 0.0, "reconstruction": 0.0}
+        for index, (share, batch) in enumerate(parts):
+            images, labels, edges = (x.to(self.device) for x in batch)
+            features, reconstruction = self.features((number, index), images, joint=joint)
+            logits = self.student.decoder(features, images)
+            dice = dice_loss(logits, labels)
+            graded = graded_loss(logits, edges)
+            rebuilt = reconstruction_loss(reconstruction, images)
+            loss = dice + self.settings.graded * graded
+            if joint:
+                loss = loss + self.settings.reconstruction * rebuilt
+            (share * loss).backward()
+            for name, term in zip(terms, (dice, graded, rebuilt), strict=True):
+                terms[name] += share * term.item()
         decay = min(1.0, 2 * (1 - self.step / self.settings.steps)) * min(1.0, (self.step + 1) / 50)
         for group, rate in zip(
             self.optimizer.param_groups,
@@ -173,26 +233,60 @@ class _Trainer:
             strict=True,
         ):
             group["lr"] = rate * decay
-        nn.utils.clip_grad_norm_([v for v in self.student.parameters() if v.grad is not None], 1.0)
+        learning = [value for value in self.student.parameters() if value.grad is not None]
+        average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"dice": dice.item(), "graded": graded.item(), "reconstruction": rebuilt.item()}
+        if self.held_out and (self.step % self.settings.validate_every == 0 or self.step == self.settings.steps):
+            terms["score"] = self.validate(self.held_out)
+        return terms
+
+    def validate(self, held_out: LabelledImages) -> float:
+        """The score on held-out images; the state with the best one is kept beside the latest."""
+        self.student.eval()
+        size = self.settings.sizes[0]
+        threshold, score = calibrate_threshold(self.student, held_out, size)
+        if process_index() == 0:
+            draw_validation(self.student, held_out, size, threshold, self.out / f"validation/{self.step:06}.png")
+            if score > self.best_score:
+                save_state(self.out / BEST, self.weights(), self.step, {"score": score})
+        self.best_score = max(score, self.best_score)
+        return score
+
+    def take_best(self) -> dict[str, float]:
+        """Go back to the weights with the best score; returns that score and their step."""
+        wait_for_all()
+        tensors, step, about = load_state(self.out / BEST)
+        self.put(tensors)
+        return {"best_step": step, "score": about["score"]}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is learnt, by name."""
+        tensors = {f"decoder.{name}": value for name, value in self.student.decoder.state_dict().items()}
+        return tensors | {f"lora.{index}": value for index, value in enumerate(self.lora)}
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `weights` gave."""
+        self.student.decoder.load_state_dict(part(tensors, "decoder"))
+        with torch.no_grad():
+            for index, value in enumerate(self.lora):
+                value.copy_(tensors[f"lora.{index}"])
 
     def save(self, file: Path) -> None:
-        tensors = {f"decoder.{name}": value for name, value in self.student.decoder.state_dict().items()}
-        tensors |= {f"lora.{index}": value for index, value in enumerate(self.lora)}
-        save_state(file, tensors | optimizer_tensors(self.optimizer, "optimizer"), self.step, asdict(self.settings))
+        save_state(
+            file, self.weights() | optimizer_tensors(self.optimizer, "optimizer"), self.step, asdict(self.settings)
+        )
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
         check_same_run(file, settings, asdict(self.settings), ("lora_rank", "batches", "seed"))
         try:
-            self.student.decoder.load_state_dict(part(tensors, "decoder"))
-            with torch.no_grad():
-                for index, value in enumerate(self.lora):
-                    value.copy_(tensors[f"lora.{index}"])
+            self.put(tensors)
             restore_optimizer(self.optimizer, "optimizer", tensors)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} does not fit this run: {error}") from error
         self.step = step
+        if self.held_out and (file.parent / BEST).is_file():
+            self.best_score = load_state(file.parent / BEST)[2]["score"]

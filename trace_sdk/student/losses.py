@@ -2,6 +2,8 @@
 
 Dice alone leaves the uncertain two thirds of an image free, and a student then fills them: its edges grow into blobs
 within fifty steps. The graded term asks there for what the teacher measured.
+
+Where several processes train as one, each term is that of their whole batch.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trace_sdk.teacher.pseudo_labels import EDGE, UNCERTAIN
+from trace_sdk.training.processes import mean_of_all, total
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,15 +28,15 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     certain = (labels != UNCERTAIN).float()
     edge = (labels == EDGE).float()
     probability = logits.float().sigmoid() * certain
-    overlap = (probability * edge).sum()
-    return 1 - (2 * overlap + 1) / (edge.square().sum() + probability.square().sum() + 1)
+    overlap = total((probability * edge).sum())
+    return 1 - (2 * overlap + 1) / (total(edge.square().sum()) + total(probability.square().sum()) + 1)
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """‖I − Î‖², mean over pixels; images in [−1, 1]."""
-    return (reconstruction.float() - images.float()).square().mean()
+    return mean_of_all((reconstruction.float() - images.float()).square().mean(), images.numel())
 
 
 def graded_loss(logits: Tensor, graded: Tensor) -> Tensor:
     """Cross-entropy against graded edges in [0, 1]; both [B, H, W]."""
-    return F.binary_cross_entropy_with_logits(logits.float(), graded)
+    return mean_of_all(F.binary_cross_entropy_with_logits(logits.float(), graded), graded.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from torch.utils.checkpoint import checkpoint
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.pixel import PixelBackbone
@@ -20,6 +23,13 @@ from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.teacher.boundary import log_features
 
 LORA_TARGETS = ["to_q", "to_k", "to_v"]
+
+
+def _checkpoint(block: Any, *inputs: Any) -> Any:
+    tap = _get_current_function_mode()
+    return checkpoint(
+        block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), tap if tap else nullcontext())
+    )
 
 
 class Student(nn.Module):
@@ -59,6 +69,17 @@ class Student(nn.Module):
         if rank:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
             self.backbone.transformer = get_peft_model(self.backbone.transformer, config)
+
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of the backbone's blocks again in the backward pass, rather than keep them.
+
+        The tap sees the blocks then, too: what it makes of their attention is computed again as well.
+        """
+        from diffusers import ModelMixin
+
+        for model in self.backbone.modules():
+            if isinstance(model, ModelMixin):
+                model.enable_gradient_checkpointing(_checkpoint)
 
     def merge_lora(self) -> None:
         """Fold LoRA into the backbone's own weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,31 +126,41 @@ class Teacher:
             raise ArgumentError(f"blocks must lie in 0 … {last} for this backbone, got {self.settings.blocks}.")
         self._blocks = self.settings.blocks or tuple(range(last + 1))
 
-    @torch.inference_mode()
     def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
         """Edges of one image, uint8 [H, W, 3] RGB. The same image and seed give the same answer."""
-        images = self.prepare(rgb)
+        return self.annotate_batch([self.prepare(rgb)])[0]
+
+    @torch.inference_mode()
+    def annotate_batch(self, prepared: Sequence[Tensor]) -> list[Annotation]:
+        """Edges of several images of one shape, each as `prepare` gives it, in one pass a timestep.
+
+        Each image has the same ε, its own curve and its own t*. Arithmetic on batches of another size may differ in
+        the last bit, so equal bytes need equal batches.
+        """
+        images = torch.cat(list(prepared))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             return self._annotate(images)
 
-    def _annotate(self, images: Tensor) -> Annotation:
-        emergence: Emergence | None
-        timesteps: tuple[float, ...]
+    def _annotate(self, images: Tensor) -> list[Annotation]:
         noise = self.noise_like(images)
         views = [images, images.flip(-1)] if self.settings.mirror else [images]
+        found: list[Emergence | None]
         if self.settings.timesteps is None:
             curve = self._curve(images, noise)
             maps = [self._divergence_at(view, noise, curve) for view in views]
-            found = curve.read()
-            emergence, timesteps = found, (found.t_star,)
+            found = list(curve.read())
         else:
-            emergence, timesteps = None, self.settings.timesteps
-            maps = [self.divergence(view, noise, timesteps) for view in views]
-        divergence = maps[0]
-        if self.settings.mirror:
-            divergence = ((maps[0] + maps[1][:, ::-1]) / 2).astype(np.float32)
-        labels, rule = ternary_labels(divergence)
-        return Annotation(divergence, labels, rule, timesteps, emergence)
+            maps = [self._divergences(view, noise, self.settings.timesteps) for view in views]
+            found = [None] * len(images)
+        annotations = []
+        for index, emergence in enumerate(found):
+            divergence = maps[0][index]
+            if self.settings.mirror:
+                divergence = ((divergence + maps[1][index][:, ::-1]) / 2).astype(np.float32)
+            labels, rule = ternary_labels(divergence)
+            timesteps = (emergence.t_star,) if emergence else self.settings.timesteps or ()
+            annotations.append(Annotation(divergence, labels, rule, timesteps, emergence))
+        return annotations
 
     def prepare(self, rgb: NDArray[np.uint8]) -> Tensor:
         """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, sides multiples of 8."""
@@ -161,9 +172,9 @@ class Teacher:
         return torch.from_numpy(resized).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
 
     def noise_like(self, images: Tensor) -> Tensor:
-        """The fixed ε of an image's trajectory; drawn on the CPU so that every device sees the same."""
+        """The fixed ε of every image's trajectory; drawn on the CPU so that every device sees the same."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        return torch.randn(images.shape, generator=generator).to(images.device)
+        return torch.randn(images[:1].shape, generator=generator).to(images.device).expand_as(images)
 
     def trajectory(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> list[tuple[float, Tensor]]:
         """(t, X_t) for each timestep."""
@@ -177,9 +188,10 @@ class Teacher:
 
     def emergence(self, images: Tensor, noise: Tensor) -> Emergence:
         """The KL curve of one image [1, 3, H, W] over the schedule, and t*; two maps a window are held at a time."""
-        return self._curve(images, noise).read()
+        return self._curve(images, noise).read()[0]
 
     def _curve(self, images: Tensor, noise: Tensor) -> _Curve:
+        count = len(images)
         images, noise = self._cut(images), self._cut(noise)
         timesteps = schedule(self.settings.stride)
         inside = search_window(timesteps[1:], self.settings.window)
@@ -190,28 +202,35 @@ class Teacher:
         for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise):
             current = self.attention(x_t, t, rows)
             if previous is not None:
-                kl.append(temporal_kl(previous, current).mean())
+                kl.append(temporal_kl(previous, current).view(-1, count).mean(0))
             previous = current
         return _Curve(timesteps[1:], torch.stack(kl), inside)
 
     def _divergence_at(self, images: Tensor, noise: Tensor, curve: _Curve) -> NDArray[np.float32]:
-        """ABDiv of one image at a curve's t*, which the host need not know for it."""
+        """ABDiv [B, h, w] of images at their curves' t*, which the host need not know for it."""
         steps = self.trajectory(self._cut(images), self._cut(noise), curve.candidates)
-        x_star = torch.stack([x_t for _, x_t in steps]).index_select(0, curve.best)[0]
-        t_star = images.new_tensor(curve.candidates).index_select(0, curve.best)
-        return self._join(self._abdiv_at(x_star, t_star.expand(x_star.shape[0])), images)
+        x_steps = torch.stack([x_t for _, x_t in steps])  # [steps, windows · B, 3, h, w]
+        best = curve.best.repeat(x_steps.shape[1] // len(images))
+        x_star = x_steps[best, torch.arange(len(best), device=best.device)]
+        t_star = images.new_tensor(curve.candidates).index_select(0, best)
+        return self._join(self._abdiv_at(x_star, t_star), images)
 
     def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
         """ABDiv of one image [1, 3, H, W]: float32 [h, w] over its tokens.
 
         In nats at one timestep; of several, the mean of their maps, each divided by its own mean.
         """
+        one: NDArray[np.float32] = self._divergences(images, noise, timesteps)[0]
+        return one
+
+    def _divergences(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
         steps = self.trajectory(self._cut(images), self._cut(noise), timesteps)
         maps = [self._join(self._abdiv_at(x_t, t), images) for t, x_t in steps]
         if len(maps) == 1:
             return maps[0]
-        scaled: NDArray[np.float32] = np.mean([m / max(float(m.mean()), 1e-12) for m in maps], axis=0, dtype=np.float32)
-        return scaled
+        scaled = [[m / max(float(m.mean()), 1e-12) for m in of_images] for of_images in maps]
+        mean: NDArray[np.float32] = np.mean(scaled, axis=0, dtype=np.float32)
+        return mean
 
     def _windows(self, images: Tensor) -> tuple[list[Window], int]:
         """The windows of an image in pixels, and their overlap."""
@@ -221,17 +240,20 @@ class Teacher:
         return tiles(height, width, tile, overlap, step), overlap
 
     def _cut(self, images: Tensor) -> Tensor:
-        """One image [1, 3, H, W] as its windows: [windows, 3, h, w]."""
+        """Images [B, 3, H, W] as their windows: [windows · B, 3, h, w], each window of all images in turn."""
         windows, _ = self._windows(images)
         return torch.cat([images[..., window.slices[0], window.slices[1]] for window in windows])
 
     def _join(self, maps: Tensor, images: Tensor) -> NDArray[np.float32]:
-        """Maps over the tokens of each window [windows, h, w] as one over those of the image [h, w]."""
+        """Maps over the tokens of the windows that `_cut` gives as maps over those of the images: [B, h, w]."""
         windows, overlap = self._windows(images)
         step = self.backbone.multiple_of
         tokens = [Window(*(side // step for side in window)) for window in windows]
-        pieces = zip(tokens, maps.detach().float().cpu().numpy(), strict=True)
-        return blend(pieces, *self.backbone.token_grid((images.shape[-2], images.shape[-1])), overlap // step)
+        grid = self.backbone.token_grid((images.shape[-2], images.shape[-1]))
+        values, count = maps.detach().float().cpu().numpy(), len(images)
+        return np.stack(
+            [blend(zip(tokens, values[i::count], strict=True), *grid, overlap // step) for i in range(count)]
+        )
 
     def _abdiv_at(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         boundary: MeanBoundary | PerHeadBoundary
@@ -246,7 +268,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A KL curve on the device: which step is t* is decided there, so that no step waits for the host."""
+    """KL curves [steps, B] on the device: which step is t* is decided there, so that no step waits for the host."""
 
     timesteps: tuple[float, ...]
     kl: Tensor
@@ -259,9 +281,10 @@ class _Curve:
 
     @property
     def best(self) -> Tensor:
-        """Which of the candidates is t*: int64 [1]."""
-        return self.kl[self.inside].argmax(keepdim=True)
+        """Which of the candidates is each image's t*: int64 [B]."""
+        return self.kl[self.inside].argmax(0)
 
-    def read(self) -> Emergence:
-        """The curve as numbers."""
-        return Emergence(self.timesteps, tuple(self.kl.tolist()), self.candidates[int(self.best)])
+    def read(self) -> list[Emergence]:
+        """Each image's curve as numbers."""
+        stars = [self.candidates[best] for best in self.best.tolist()]
+        return [Emergence(self.timesteps, tuple(curve), t) for curve, t in zip(self.kl.T.tolist(), stars, strict=True)]

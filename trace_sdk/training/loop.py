@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from trace_sdk.training.history import History
+from trace_sdk.training.processes import process_index
 from trace_sdk.training.state import STATE
 
 Batch = TypeVar("Batch")
@@ -37,11 +39,19 @@ class Trainer(Protocol[Batch]):
 def train_until(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report) -> None:
     """Train until `steps` are done, going on from the state in `out` if a run was cut there.
 
-    The state is saved every `save_seconds`, on Ctrl-C and at the end.
+    The state and the curves (`curves.csv`, drawn in `curves.png` when it ends) are saved every `save_seconds`, on
+    Ctrl-C and at the end, by process 0 alone where several train as one.
     """
-    file = out / STATE
+    file, history = out / STATE, History(out)
     if file.is_file():
         trainer.restore(file)
+        history.restore(trainer.step)
+
+    def save() -> None:
+        if process_index() == 0:
+            trainer.save(file)
+            history.save()
+
     saved = time.monotonic()
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(trainer.batch, trainer.step)
@@ -50,11 +60,14 @@ def train_until(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: fl
                 batch = upcoming.result()
                 upcoming = loader.submit(trainer.batch, trainer.step + 1)
                 losses = trainer.train(batch)
+                history.add(trainer.step, losses)
                 report(trainer.step, losses)
                 if time.monotonic() - saved >= save_seconds:
-                    trainer.save(file)
+                    save()
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            trainer.save(file)
+            save()
             raise
-    trainer.save(file)
+    save()
+    if process_index() == 0:
+        history.plot()

@@ -1,0 +1,119 @@
+"""Who works on what, in a folder that processes of several machines share."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from trace_sdk.errors import OutputError
+
+STALE_SECONDS = 120.0
+
+
+class Claims:
+    """Claims of this process: files made by atomic create, and touched as long as it lives.
+
+    One that has not been touched for `stale_seconds`, by the clock of the file server, or whose process has gone from
+    this machine, is taken over. A claim only saves work from being done twice. Results are written whole and are the
+    same whoever writes them, so a claim taken over from a process that was merely asleep costs time and no byte.
+
+        with Claims(folder) as claims:
+            if claims.take("part-1"):
+                ...
+                claims.release("part-1")
+    """
+
+    def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
+        self._folder, self._stale_seconds = folder, stale_seconds
+        self._mark = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        self._held: set[str] = set()
+        self._left = threading.Event()
+        self._beat = threading.Thread(target=self._touch, daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._left.set()
+        self._beat.join()
+        for key in list(self._held):
+            self.release(key)
+
+    def take(self, key: str) -> bool:
+        """Whether `key` is now this process's; False if another holds it, or this one already."""
+        file = self._file(key)
+        if key in self._held:
+            return False
+        if not self._create(file):
+            if not self._abandoned(file):
+                return False
+            file.unlink(missing_ok=True)
+            if not self._create(file):
+                return False
+        self._held.add(key)
+        return True
+
+    def release(self, key: str) -> None:
+        """Give `key` back, unless another process has taken it over."""
+        self._held.discard(key)
+        file = self._file(key)
+        try:
+            if file.read_text() == self._mark:
+                file.unlink()
+        except FileNotFoundError:
+            pass
+
+    def _create(self, file: Path) -> bool:
+        try:
+            with file.open("x") as claim:
+                claim.write(self._mark)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise OutputError(f"Cannot write {file}: {error.strerror}. Choose another folder (-o).") from error
+        return True
+
+    def _abandoned(self, file: Path) -> bool:
+        try:
+            holder, touched = file.read_text(), file.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        with tempfile.NamedTemporaryFile(dir=self._folder) as now:
+            age = os.fstat(now.fileno()).st_mtime - touched
+        return age > self._stale_seconds or self._is_gone(holder)
+
+    def _is_gone(self, holder: str) -> bool:
+        """Whether the holder was a process of this machine that has ended."""
+        if holder == self._mark:
+            return True  # an earlier process with our number, as containers have it
+        try:
+            about = json.loads(holder)
+        except ValueError:
+            return False  # just being written
+        if about["host"] != socket.gethostname():
+            return False
+        try:
+            os.kill(about["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+    def _touch(self) -> None:
+        while not self._left.wait(self._stale_seconds / 4):
+            for key in list(self._held):
+                try:
+                    os.utime(self._file(key))
+                except FileNotFoundError:
+                    continue  # taken over
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}.claim"
