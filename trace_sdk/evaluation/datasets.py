@@ -2,7 +2,7 @@
 
 COCO instances    FOLDER/instances.json, FOLDER/images/*          instance edges (Lin et al., ECCV 2014)
 BSDS500           FOLDER/groundTruth/**/*.mat, FOLDER/images/**/* contours (Arbelaez et al., TPAMI 2011)
-instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scenes
+instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scenes; all instances are of one class
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.evaluation.touching import Touching, find_touching
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IDS = ".ids.png"
@@ -29,12 +30,13 @@ class Sample:
     """One photo and what people marked in it.
 
     name: file stem of the photo. rgb: uint8 [H, W, 3]. boundaries: one bool [H, W] for each annotator, at
-    least one, lines one pixel wide.
+    least one, lines one pixel wide. touching: contacts of instances of one class; None where nobody told instances.
     """
 
     name: str
     rgb: NDArray[np.uint8]
     boundaries: tuple[NDArray[np.bool_], ...]
+    touching: Touching | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +131,13 @@ def _open_coco(folder: Path) -> Dataset:
                 f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
                 f"is {width}x{height}. Use the photos the annotations were made for."
             )
-        masks = [_decode_mask(a, height, width, file) for a in marked[int(image["id"])]]
+        masks = [(_decode_mask(a, height, width, file), a.get("category_id")) for a in marked[int(image["id"])]]
+        masks.sort(key=lambda pair: -int(pair[0].sum()))
         ids = np.zeros((height, width), np.int32)
-        for number, mask in enumerate(sorted(masks, key=lambda mask: -int(mask.sum())), start=1):
+        for number, (mask, _) in enumerate(masks, start=1):
             ids[mask] = number
-        return Sample(name, rgb, (instance_boundaries(ids),))
+        classes = {number: category for number, (_, category) in enumerate(masks, start=1)}
+        return Sample(name, rgb, (instance_boundaries(ids),), find_touching(ids, classes))
 
     return _filled(Dataset(folder.resolve().name, folder, "coco", tuple(sorted(names)), read))
 
@@ -191,7 +195,9 @@ def _open_ids(folder: Path) -> Dataset:
             raise DatasetError(f"{file} is not a grey PNG of 8 or 16 bit with one id for each pixel. Write it again.")
         if ids.shape != rgb.shape[:2]:
             raise DatasetError(f"{file} is {list(ids.shape)}, its image is {list(rgb.shape[:2])}. Write both alike.")
-        return Sample(name, rgb, (instance_boundaries(ids.astype(np.int64)),))
+        whole = ids.astype(np.int64)
+        classes = dict.fromkeys(np.unique(whole).tolist(), "instance")
+        return Sample(name, rgb, (instance_boundaries(whole),), find_touching(whole, classes))
 
     names = tuple(sorted(file.name.removesuffix(_IDS) for file in folder.glob(f"*{_IDS}")))
     return _filled(Dataset(folder.resolve().name, folder, "ids", names, read))
