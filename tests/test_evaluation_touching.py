@@ -136,4 +136,4 @@ def test_the_table_compares_at_the_precision_of_canny(tmp_path: Path) -> None:
     assert methods["mine"]["ids"]["touching_recall"] == pytest.approx(1, abs=0.03)
     assert methods["mine"]["ids"]["contacts"]["f"] == pytest.approx(1, abs=0.03)
     assert methods["canny"]["ids"]["touching_recall"] < 0.3 and methods["canny"]["ids"]["contacts"]["f"] < 0.3
-    assert "ids touching R" in (tmp_path / "out/quality.md").read_text()
+    assert "ids touch R" in (tmp_path / "out/quality.md").read_text()

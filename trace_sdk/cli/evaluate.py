@@ -61,8 +61,8 @@ def command(
 
     The protocol is the one of BSDS: maps are thinned, cut at 99 thresholds, and matched one-to-one to human
     boundaries within 0.75 % of the image diagonal. A hundred photos take some minutes a method on two cores.
-    "touching F" is the F-measure on the lines between touching instances of one class alone (on id maps: of any two
-    instances), "touching R" their recall where all edges together are as precise as Canny's at its ODS.
+    "touch F" is the F-measure on the lines between touching instances of one class alone (on id maps: of any two
+    instances), "touch R" their recall where all edges together are as precise as Canny's at its ODS.
     Results are kept for each image in OUT/cache; a run that was cut goes on where it stopped.
     """
     from trace_sdk.evaluation.datasets import open_dataset

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from trace_sdk import __version__
@@ -18,8 +19,8 @@ from trace_sdk.evaluation.datasets import Dataset
 from trace_sdk.evaluation.edges import MAX_DIST, THRESHOLDS, EdgeScores
 from trace_sdk.machine import commit, hardware, versions
 
-COLUMNS = ("ODS", "OIS", "AP", "clDice", "touching F", "touching R", "images", "s/image")
-REFERENCE = "canny"  # "touching R" is taken at the precision that this method has at its ODS
+COLUMNS = ("ODS", "OIS", "AP", "clDice", "touch F", "touch R", "images", "s/image")
+REFERENCE = "canny"  # "touch R" is taken at the precision that this method has at its ODS
 _LIBRARIES = ("numpy", "scipy", "scikit-image", "pillow", "pycocotools", "onnxruntime", "torch")
 
 
@@ -88,9 +89,12 @@ class Report:
         """The same for a rich console, one table a data set so that it fits 80 columns."""
         tables = []
         for name in self.datasets:
-            table = Table("method", *(Column(column, justify="right") for column in COLUMNS), title=name)
+            columns = [Column(column, justify="right", no_wrap=True) for column in COLUMNS]
+            missing = "\n".join(f"{method}: {reason}" for method, reason in self.missing.items())
+            table = Table("method", *columns, title=name, caption=missing, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
             for method, cells in self._cells(name):
-                table.add_row(method, *cells)
+                if method not in self.missing:
+                    table.add_row(method, *cells)
             tables.append(table)
         return tables
 
