@@ -26,6 +26,8 @@ from trace_sdk.images import ImageInput, read_image
 
 if TYPE_CHECKING:
     from trace_sdk.instances.hierarchy import Hierarchy
+    from trace_sdk.instances.label_sets import LabelSet
+    from trace_sdk.instances.panoptic import Panoptic
     from trace_sdk.instances.propagation import RefinedMasks
     from trace_sdk.instances.result import Instances
 
@@ -134,6 +136,38 @@ class EdgeMap:
             from trace_sdk.instances.propagation import propagate
 
             return propagate(self.probability, self.hierarchy, cut_at, self._least(None), inside, weights)
+
+    def panoptic(
+        self,
+        semantic: NDArray[Any],
+        labels: str | LabelSet = "voc",
+        *,
+        threshold: float | None = None,
+        min_area: int | None = None,
+    ) -> Panoptic:
+        """Semantic labels made panoptic: things split by the edges, stuff merged, the rest void.
+
+        Args:
+            semantic: integers [H, W] as large as the input; `trace_sdk.instances.panoptic.read_semantic` reads a PNG.
+            labels: what the values mean, see `trace_sdk.instances.label_sets.read_label_set`.
+            threshold: of the edges that separate, in [0, 1]; None: the engine's own.
+            min_area: pixels; smaller thing components are void. None: 3 in 10,000 of the picture, at least 16.
+
+        Raises:
+            ArgumentError: `semantic` has another size, dtype or unknown values, or another argument is out of range.
+            DatasetError: a file of labels cannot be read.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        cut_at, least = self._checked(threshold), self._least(min_area)
+        with _needs_extra():
+            from trace_sdk.instances.label_sets import read_label_set
+            from trace_sdk.instances.panoptic import Panoptic, check_semantic, split_things
+
+            known = read_label_set(labels) if isinstance(labels, str) else labels
+            values = check_semantic(semantic, self.probability.shape, known)
+            ids, segments = split_things(self.probability, self.hierarchy, cut_at, least, values, known)
+        made_with = {**self.info, "threshold": float(cut_at), "min_area": least, "labels": known.name}
+        return Panoptic(ids, segments, known, self.rgb, made_with)
 
     @cached_property
     def hierarchy(self) -> Hierarchy:

@@ -14,6 +14,7 @@ _VERBS = {
     "detect": "Find the instance edges of photos with an engine; no torch needed.",
     "instances": "Cut photos into instances along their edges: pictures and one COCO file.",
     "refine": "Make masks of other methods (COCO results) agree with the edges.",
+    "panoptic": "Turn semantic label pictures into panoptic ones: things split by edges.",
     "info": "Show what an engine says about itself, and the device it would run on.",
     "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",

@@ -40,7 +40,7 @@ class LabelSet:
 _VOC = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
     "sheep sofa train tvmonitor"
-).split()
+)
 _COCO_THINGS = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
     "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
@@ -48,7 +48,7 @@ _COCO_THINGS = (
     "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
     "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
     "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")  # ids from 1; COCO never used those without a name
+)  # ids from 1; COCO never used those without a name
 _COCO_STUFF = (
     "banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other ceiling-tile cloth "
     "clothes clouds counter cupboard curtain desk-stuff dirt door-stuff fence floor-marble floor-other floor-stone "
@@ -58,7 +58,7 @@ _COCO_STUFF = (
     "solid-other stairs stone straw structural-other table tent textile-other towel tree vegetable wall-brick "
     "wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood water-other waterdrops window-blind "
     "window-other wood"
-).split()  # ids from 92
+)  # ids from 92
 _CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
     20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
@@ -111,13 +111,13 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 def _voc() -> LabelSet:
-    things = {i: Category(i, name, True) for i, name in enumerate(_VOC, start=1)}
+    things = {i: Category(i, name, True) for i, name in enumerate(_VOC.split(), start=1)}
     return LabelSet("voc", {0: Category(0, "background", False), **things}, frozenset({255}), voc_palette())
 
 
 def _coco_stuff(name: str, shift: int) -> LabelSet:
-    categories = [Category(i, thing, True) for i, thing in enumerate(_COCO_THINGS, start=1) if thing]
-    categories += [Category(i, stuff, False) for i, stuff in enumerate(_COCO_STUFF, start=92)]
+    categories = [Category(i, thing, True) for i, thing in enumerate(_COCO_THINGS.split(","), start=1) if thing]
+    categories += [Category(i, stuff, False) for i, stuff in enumerate(_COCO_STUFF.split(), start=92)]
     void = frozenset({255} if shift else {0, 255})
     return LabelSet(name, {category.id - shift: category for category in categories}, void)
 

@@ -95,7 +95,7 @@ class RefinedMasks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fragment:
+class Fragment:
     """Part of a mask in one region. `instance`: number among the mask's own, see step 2."""
 
     mask: int
@@ -114,7 +114,7 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
-    fragments = _fragments(probability, hierarchy, of_piece, regions, masks)
+    fragments = split_masks(probability, hierarchy, of_piece, regions, masks)
     walk = _Walk(probability, regions)
     parts = walk.spread(masks, fragments)
 
@@ -140,13 +140,13 @@ def propagate(
     )
 
 
-def _fragments(
+def split_masks(
     probability: NDArray[np.float32],
     hierarchy: Hierarchy,
     of_piece: NDArray[np.int32],
     regions: NDArray[np.int32],
     masks: NDArray[np.bool_],
-) -> list[_Fragment]:
+) -> list[Fragment]:
     """Step 2: which regions of each mask count, and as which of its instances."""
     count = int(of_piece.max()) + 1
     areas = np.bincount(regions.ravel(), minlength=count)
@@ -168,7 +168,7 @@ def _fragments(
         joined = components(merges[: np.searchsorted(heights, needed)], len(chosen))
         instances = join_specks(joined, held[chosen].astype(np.float64), SPLIT * held.sum(), *borders)
         fragments += [
-            _Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
+            Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
         ]
     return fragments
 
@@ -194,7 +194,7 @@ class _Walk:
         """Flat indices of a region's pixels."""
         return self._sorted[self._bounds[region] : self._bounds[region + 1]]
 
-    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[_Fragment]) -> list[NDArray[np.bool_]]:
+    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[Fragment]) -> list[NDArray[np.bool_]]:
         """Step 3: for each fragment, which of its region's pixels it now has."""
         if not fragments:
             return []
