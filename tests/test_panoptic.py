@@ -179,9 +179,9 @@ def run(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
         Path(folder).mkdir()
     ids = np.zeros((96, 128), np.uint8)
     ids[24:72, 20:60], ids[24:72, 60:100] = 1, 2
-    PIL.Image.fromarray(np.array([30, 120, 250], np.uint8)[ids]).save("photos/s_7_leftImg8bit.png")
+    PIL.Image.fromarray(np.array([100, 230, 10], np.uint8)[ids]).save("photos/s_7_leftImg8bit.png")
     PIL.Image.fromarray(np.array([23, 26, 26], np.uint8)[ids]).save("labels/s_7_gtFine_labelIds.png")
-    PIL.Image.fromarray(np.array([250, 10, 140], np.uint8)[ids]).save("photos/s_9.png")
+    PIL.Image.fromarray(np.array([120, 10, 240], np.uint8)[ids]).save("photos/s_9.png")
     PIL.Image.fromarray(np.array([23, 24, 24], np.uint8)[ids]).save("labels/s_9.png")
 
     def run(*arguments: str) -> Result:

@@ -97,7 +97,12 @@ def command(
 
     start = time.perf_counter()
     known = read_label_set(labels)
-    pairs = [(picture, photo) for picture, photo in _pairs(semantic, images) if _has_photo(picture, photo, on_bad)]
+    pairs: list[tuple[Path, Path]] = []
+    for picture, found_photo in _pairs(semantic, images):
+        if found_photo is not None:
+            pairs.append((picture, found_photo))
+        else:
+            on_bad(DatasetError(f"{picture} has no photo of the same stem. Put it into the folder of --images."))
     detector = EdgeDetector(engine, device=device, size=size)
     made_with = {
         "description": "Panoptic segments from semantics and edges, made by trace-sdk",
@@ -187,12 +192,6 @@ def _pairs(semantic: Path, images: Path) -> Iterator[tuple[Path, Path | None]]:
             raise DatasetError(f"{picture}: another picture has the same stem {stem}. Give one a photo.")
         seen.add(stem)
         yield picture, photos.get(stem)
-
-
-def _has_photo(picture: Path, photo: Path | None, on_bad: Any) -> bool:
-    if photo is None:
-        on_bad(DatasetError(f"{picture} has no photo of the same stem. Put it into the folder of --images."))
-    return photo is not None
 
 
 def _image_ids(photos: list[Path]) -> list[int]:

@@ -186,11 +186,12 @@ def count_edges(
     radius = max_dist * math.hypot(*probability.shape)
     matchers = [BoundaryMatcher(boundary, radius) for boundary in boundaries]
     truth = sum(int(np.count_nonzero(boundary)) for boundary in boundaries)
-    contacts = None
+    contacts, contact_truth = None, 0
     if touching is not None and touching.line.any():
         contacts = BoundaryMatcher(touching.line, radius), touching.judged
+        contact_truth = int(np.count_nonzero(touching.line))
     rows: list[tuple[int, ...]] = []
-    previous = (0, 0, 0, truth, 0, 0, 0, 0, 0 if contacts is None else int(np.count_nonzero(touching.line)), 0)
+    previous = (0, 0, 0, truth, 0, 0, 0, 0, contact_truth, 0)
     selected = 0
     # From the top down the binary map only grows: same number of pixels, same map, same counts.
     for threshold in threshold_values(thresholds)[::-1]:
