@@ -121,7 +121,7 @@ def test_a_real_sam_takes_them() -> None:
 @pytest.mark.parametrize("form", ["sam", "sam2", "ultralytics", "transformers"])
 def test_command(photos: Path, tiny_engine: Path, tmp_path: Path, form: str) -> None:
     arguments = ["prompts", str(photos / "a.png"), "-o", str(tmp_path), "--engine", str(tiny_engine)]
-    result = CliRunner().invoke(main, [*arguments, "--format", form, "--points", "2"])
+    result = CliRunner().invoke(main, [*arguments, "--format", form, "--points", "2", "--threshold", "0.2"])
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "a.prompts.json").read_text())
     assert content["format"] == form and content["size"] == [120, 96] and content["info"]["engine"] == "tiny"

@@ -62,7 +62,10 @@ class SamPrompts:
         }
 
     def to_ultralytics(self) -> dict[str, Any]:
-        """For `ultralytics.SAM("sam2.1_b.pt")(image, **prompts)`: lists bboxes [K][4], points [K][P][2], labels [K][P]."""
+        """For `ultralytics.SAM("sam2.1_b.pt")(image, **prompts)`.
+
+        Lists bboxes [K][4], points [K][P][2], labels [K][P].
+        """
         return {"bboxes": self.boxes.tolist(), "points": self.points.tolist(), "labels": self.labels.tolist()}
 
     def to_transformers(self) -> dict[str, Any]:
@@ -85,7 +88,8 @@ def make_prompts(found: Instances, points: int, min_score: float) -> SamPrompts:
     places = np.zeros((len(kept), points, 2), np.float32)
     for place, index in zip(places, kept, strict=True):
         rows, columns = boxes[index]
-        place[:] = inner_points(found.labels[rows, columns] == index + 1, points) + (columns.start, rows.start)
+        corner = np.array([columns.start, rows.start], np.float32)
+        place[:] = inner_points(found.labels[rows, columns] == index + 1, points) + corner
     height, width = found.labels.shape
     return SamPrompts(places, found.boxes[kept], found.scores[kept], (width, height), dict(found.info))
 
