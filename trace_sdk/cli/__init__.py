@@ -16,6 +16,7 @@ _VERBS = {
     "refine": "Make masks of other methods (COCO results) agree with the edges.",
     "panoptic": "Turn semantic label pictures into panoptic ones: things split by edges.",
     "prompts": "Write points and boxes of instances for SAM, SAM 2, ultralytics.",
+    "gallery": "Make a web page of photos, edges, instances and refined masks, with a slider.",
     "info": "Show what an engine says about itself, and the device it would run on.",
     "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",

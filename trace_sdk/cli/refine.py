@@ -173,7 +173,8 @@ def command(
         speed = (
             f"; edges {edge_seconds / fresh * 1e3:.0f} ms, refinement {refine_seconds / fresh * 1e3:.0f} ms an image "
             f"in {workers} process{'es' if workers > 1 else ''} "
-            f"(overhead {each * fresh / max(edge_seconds, 1e-9):.0%}, {1 / max(each, 1e-9):.1f} images/s beyond the edges)"
+            f"(overhead {each * fresh / max(edge_seconds, 1e-9):.0%}, {1 / max(each, 1e-9):.1f} images/s "
+            "beyond the edges)"
         )
     kept = f", {done - fresh} were done already or have no masks" if done > fresh else ""
     trouble = f", {bad} bad left out" if bad else ""
