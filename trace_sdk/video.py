@@ -199,7 +199,8 @@ def _writer(av: Any, file: IO[bytes], rate: Fraction) -> Iterator[Callable[[NDAr
             # Colour is stored for squares of four pixels, so both sides are even.
             height, width = picture.shape[:2]
             even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            stream.height, stream.width = even.shape[:2]
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = even.shape[:2]
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")):
                 container.mux(packet)
 
