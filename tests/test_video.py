@@ -62,7 +62,8 @@ def test_numbers_stay_with_their_instance(clip: Path, tiny_engine: Path, tmp_pat
                 and one["bbox"][1] < row < one["bbox"][1] + one["bbox"][3]
             ]  # fmt: skip
             numbers.append(here)
-        assert numbers[0] is not None and len(set(numbers)) == 1
+        # A tracker numbers what it sees for the second time.
+        assert numbers[0] is None and numbers[1] is not None and len(set(numbers[1:])) == 1
     assert len({one["id"] for one in lines[6]["instances"]}) == len(lines[6]["instances"]) == 3
 
 

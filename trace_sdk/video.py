@@ -53,7 +53,7 @@ def detect_video(
     Writes STEM.edges.mp4 (grey, white is edge), with `overlay` also STEM.overlay.mp4 (instances in the colour of their
     number, edges over them), and STEM.frames.jsonl: a line for each frame, {"frame", "time" in seconds, "instances":
     [{"id", "bbox" as x, y, width, height, "area", "score", "segmentation" as COCO RLE}]}. An instance keeps its id
-    while the tracker (ByteTrack, Zhang et al., ECCV 2022, on boxes) follows it; id null: seen, but not followed.
+    while the tracker (ByteTrack, Zhang et al., ECCV 2022, on boxes) follows it; null in the first frame that shows it.
 
     Args:
         on_frame: called with the number of frames done and the frames a second so far.

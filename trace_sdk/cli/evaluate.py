@@ -108,12 +108,12 @@ def command(
             for dataset in sets:
                 method.check(dataset)
 
-    for option, rows, kind, file in (
+    for option, rows, kind, holds in (
         ("--masks", mask_rows, "coco", "instances.json"),
         ("--panoptic", panoptic_rows, "panoptic", "panoptic.json"),
     ):
         if rows and not any(dataset.kind == kind for dataset in sets):
-            raise ArgumentError(f"{option} needs a data set with {file}; give its folder as DATASET.")
+            raise ArgumentError(f"{option} needs a data set with {holds}; give its folder as DATASET.")
         if len({name for name, _ in rows}) < len(rows):
             raise ArgumentError(f"Two files of {option} have one name. Give each its own.")
 

@@ -249,7 +249,8 @@ def _stripes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     pen = max(2, round(max(labels.shape) / PEN * 4))
     y, x = np.ogrid[: labels.shape[0], : labels.shape[1]]
     along = np.choose(labels % 4, np.broadcast_arrays(x + y, x + 0 * y, x - y, y + 0 * x))
-    return (along // pen) % 2 == 0
+    stripes: NDArray[np.bool_] = (along // pen) % 2 == 0
+    return stripes
 
 
 def _palette(count: int) -> NDArray[np.uint8]:
