@@ -232,3 +232,35 @@ def test_a_cut_run_goes_on_to_the_same_bytes(run: Run, monkeypatch: pytest.Monke
     # Another score is another job; nothing else is done again.
     done.clear()
     assert run([entry(), entry(image_id=791, score=0.1)]).exit_code == 0 and done == ["000000000791"]
+
+
+def test_edges_of_others_in_place_of_an_engine(tiny_engine: Path, run: Run) -> None:
+    assert run([entry()]).exit_code == 0
+    Path("maps").mkdir()
+    edges = EdgeDetector(tiny_engine).run("photos/000000000790.png")
+    np.save("maps/000000000790.npy", edges.probability)
+    fixed = ["refine", "--masks", "pred.json", "--images", "photos", "-o", "other.json", "--edges", "maps"]
+    result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("other.json").read_bytes()) == written()
+    # Another map is another job.
+    np.save("maps/000000000790.npy", np.zeros_like(edges.probability))
+    assert CliRunner().invoke(main, [*fixed, "--threshold", "0.4"]).exit_code == 0
+    assert json.loads(Path("other.json").read_bytes())[0]["segmentation"] == encode_mask(HOLED)
+    assert CliRunner().invoke(main, fixed).exit_code == 2
+    Path("maps/000000000790.npy").unlink()
+    result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4"])
+    assert result.exit_code == 1 and "maps/000000000790.png is missing" in result.stderr
+    result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4", "--skip-bad"])
+    assert result.exit_code == 0 and json.loads(Path("other.json").read_bytes()) == []
+
+
+def test_workers_give_the_same_bytes(run: Run) -> None:
+    content = [entry(), entry(image_id=791), entry(image_id=791, segmentation={"size": [1, 1], "counts": [1]})]
+    assert run(content, "--skip-bad").exit_code == 0
+    alone = Path("out.json").read_bytes()
+    for part in Path("out.json.parts").iterdir():
+        part.unlink()
+    result = run(content, "--skip-bad", "--workers", "2")
+    assert result.exit_code == 0 and "1 bad left out" in result.stdout and "in 2 processes" in result.stdout
+    assert Path("out.json").read_bytes() == alone

@@ -216,7 +216,7 @@ def test_answer_of_another_size(scenes: Path) -> None:
     ("arguments", "code", "said"),
     [
         (("nowhere",), 1, "is not a folder"),
-        (("{scenes}", "--edges", "mine"), 2, "NAME=DIR"),
+        (("{scenes}", "--edges", "mine"), 2, "NAME=PATH"),
         (("{scenes}", "--edges", "canny={scenes}"), 2, "Two methods"),
         (("{scenes}", "{scenes}"), 2, "same name"),
         (("{scenes}", "--engine", "nowhere.onnx"), 1, "no such engine file"),

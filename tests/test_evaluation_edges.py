@@ -52,7 +52,7 @@ def score(edges: NDArray[np.float32], *truths: Mask, max_dist: float = WITHIN_2_
 
 def curve(*points: tuple[int, int, int, int]) -> EdgeCounts:
     predicted, matched, truth, found = np.array(points).T
-    return EdgeCounts(predicted, matched, matched, truth, found, found)
+    return EdgeCounts(predicted, matched, matched, truth, found, found, *[np.zeros_like(truth)] * 4)
 
 
 def test_perfect_prediction() -> None:
@@ -82,7 +82,7 @@ def test_two_lines_near_one_are_half_right() -> None:
 
 def test_any_annotator_makes_a_pixel_right_and_each_counts_for_recall() -> None:
     counts = count_edges(soft(line(50)), [line(50), line(51), line(80)], thresholds=1, max_dist=WITHIN_2_PX)
-    assert [int(values[0]) for values in vars(counts).values()] == [80, 80, 80, 240, 160, 160]
+    assert [int(values[0]) for values in vars(counts).values()] == [80, 80, 80, 240, 160, 160, 0, 0, 0, 0]
 
 
 def test_cldice_of_a_half_found_boundary() -> None:

@@ -26,6 +26,9 @@ from trace_sdk.images import ImageInput, read_image
 
 if TYPE_CHECKING:
     from trace_sdk.instances.hierarchy import Hierarchy
+    from trace_sdk.instances.label_sets import LabelSet
+    from trace_sdk.instances.panoptic import Panoptic
+    from trace_sdk.instances.prompts import SamPrompts
     from trace_sdk.instances.propagation import RefinedMasks
     from trace_sdk.instances.result import Instances
 
@@ -134,6 +137,66 @@ class EdgeMap:
             from trace_sdk.instances.propagation import propagate
 
             return propagate(self.probability, self.hierarchy, cut_at, self._least(None), inside, weights)
+
+    def panoptic(
+        self,
+        semantic: NDArray[Any],
+        labels: str | LabelSet = "voc",
+        *,
+        threshold: float | None = None,
+        min_area: int | None = None,
+    ) -> Panoptic:
+        """Semantic labels made panoptic: things split by the edges, stuff merged, the rest void.
+
+        Args:
+            semantic: integers [H, W] as large as the input; `trace_sdk.instances.panoptic.read_semantic` reads a PNG.
+            labels: what the values mean, see `trace_sdk.instances.label_sets.read_label_set`.
+            threshold: of the edges that separate, in [0, 1]; None: the engine's own.
+            min_area: pixels; smaller thing components are void. None: 3 in 10,000 of the picture, at least 16.
+
+        Raises:
+            ArgumentError: `semantic` has another size, dtype or unknown values, or another argument is out of range.
+            DatasetError: a file of labels cannot be read.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        cut_at, least = self._checked(threshold), self._least(min_area)
+        with _needs_extra():
+            from trace_sdk.instances.label_sets import read_label_set
+            from trace_sdk.instances.panoptic import Panoptic, check_semantic, split_things
+
+            known = read_label_set(labels) if isinstance(labels, str) else labels
+            values = check_semantic(semantic, self.probability.shape, known)
+            ids, segments = split_things(self.probability, self.hierarchy, cut_at, least, values, known)
+        made_with = {**self.info, "threshold": float(cut_at), "min_area": least, "labels": known.name}
+        return Panoptic(ids, segments, known, self.rgb, made_with)
+
+    def sam_prompts(
+        self,
+        threshold: float | None = None,
+        *,
+        min_area: int | None = None,
+        points: int = 1,
+        min_score: float = 0.0,
+    ) -> SamPrompts:
+        """A box and points inside for each instance, in the formats of SAM, SAM 2, ultralytics and transformers.
+
+        Args:
+            threshold, min_area: as for `instances`.
+            points: of each instance, 1 or more.
+            min_score: instances with a lower score, in [0, 1], are left out.
+
+        Raises:
+            ArgumentError: an argument is out of range.
+            MissingExtraError: the extra `instances` is not installed.
+        """
+        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+            raise ArgumentError(f"points={points!r} must be a whole number of at least 1.")
+        if not 0 <= min_score <= 1:
+            raise ArgumentError(f"min_score={min_score} must be in [0, 1].")
+        found = self.instances(threshold, min_area=min_area)
+        from trace_sdk.instances.prompts import make_prompts
+
+        return make_prompts(found, points, min_score)
 
     @cached_property
     def hierarchy(self) -> Hierarchy:

@@ -14,6 +14,9 @@ _VERBS = {
     "detect": "Find the instance edges of photos with an engine; no torch needed.",
     "instances": "Cut photos into instances along their edges: pictures and one COCO file.",
     "refine": "Make masks of other methods (COCO results) agree with the edges.",
+    "panoptic": "Turn semantic label pictures into panoptic ones: things split by edges.",
+    "prompts": "Write points and boxes of instances for SAM, SAM 2, ultralytics.",
+    "gallery": "Make a web page of photos, edges, instances and refined masks, with a slider.",
     "info": "Show what an engine says about itself, and the device it would run on.",
     "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
@@ -22,6 +25,7 @@ _VERBS = {
     "benchmark": "Measure latency, throughput and memory of engines on this machine.",
     "deploy": "Write the folder that an inference server loads (Triton).",
     "evaluate": "Measure engines and baselines against human annotations, in one table.",
+    "tables": "Make the paper's tables (1, 3, 6, figure 10) from the results of evaluate.",
 }
 
 

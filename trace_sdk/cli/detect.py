@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,11 @@ from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
+
+if TYPE_CHECKING:
+    from trace_sdk.detector import EdgeDetector
+
+_VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,6 +79,11 @@ def command(
       trace-sdk detect 'shots/**/*.png' -o edges/        a pattern, quoted
       trace-sdk detect big.tif -o edges/ --size 2048     finer edges of a large picture
       trace-sdk detect street.jpg -o out/ --format npy   float32 array for numpy.load
+      trace-sdk detect clip.mp4 -o out/ --overlay        a video, with instances that keep their colour
+
+    A video that you name (mp4, mov, mkv, avi, webm) gives OUT/NAME.edges.mp4, with --overlay OUT/NAME.overlay.mp4, and
+    OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame to frame; pip install
+    'trace-sdk[video]'.
 
     A file that cannot be read is reported and the others are still done. Two photos that would share one
     name (a.jpg and a.png) keep their suffix: a.jpg.edges.png. In folders, files that are no photos by their
@@ -86,14 +97,20 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; finished files are whole, run it again to go on
     """
-    jobs = find_photos(photos, out)
+    videos = [name for name in photos if Path(name).suffix.lower() in _VIDEO_SUFFIXES]
+    pictures = [name for name in photos if name not in videos]
+    jobs = find_photos(pictures, out) if pictures or not videos else []
 
     from trace_sdk.detector import EdgeDetector
 
     start = time.perf_counter()
     detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets), runtime=runtime)
+    failed = sum(not _detect_video(detector, Path(name), out, overlay) for name in videos)
+    if not jobs:
+        if failed:
+            raise click.exceptions.Exit(FAILED)
+        return
     timings: list[dict[str, float]] = []
-    failed = 0
     try:
         with progress("detect", total=len(jobs)) as advance:
             for job in jobs:
@@ -120,6 +137,33 @@ def command(
     output.print(_summary(milliseconds, failed, seconds, out, detector.info), markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _detect_video(detector: EdgeDetector, video: Path, out: Path, overlay: bool) -> bool:
+    """False where it failed, which is said."""
+    from trace_sdk.video import detect_video, frame_count
+
+    try:
+        with progress(video.name, total=frame_count(video)) as advance:
+            stem = out / video.stem
+            result = detect_video(
+                detector,
+                video,
+                stem,
+                overlay=overlay,
+                on_frame=lambda done, speed: advance(note=f"{speed:.1f} frames/s"),
+            )
+    except InputError as error:
+        say_error(error)
+        return False
+    output.print(
+        f"{video}: {result.frames} frames of {result.rate:.3g}/s → {stem}.edges.mp4, {result.numbers} instances "
+        f"followed in {stem}.frames.jsonl: {result.speed:.1f} frames/s, total {result.seconds:.1f} s "
+        f"({detector.info['engine']} on {detector.info['device']}, size {detector.size})",
+        markup=False,
+        soft_wrap=True,
+    )
+    return True
 
 
 def _summary(milliseconds: list[float], failed: int, seconds: float, out: Path, info: dict[str, object]) -> str:

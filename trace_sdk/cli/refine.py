@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +19,9 @@ from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import errors, output, progress, say_error
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import read_photo
-from trace_sdk.errors import DatasetError, InputError
+from trace_sdk.errors import ArgumentError, DatasetError, InputError
+
+Answer = tuple[list[dict[str, Any]], list[DatasetError], float]
 
 if TYPE_CHECKING:
     from trace_sdk.edge_map import EdgeMap
@@ -36,6 +44,13 @@ if TYPE_CHECKING:
     help="How strong an edge must be to separate, on average.  [default: the engine's own]",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out entries and photos that cannot be used, list them, go on.")
+@click.option(
+    "--edges",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey) or .npy; needs --threshold.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that refine.")
 @click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
 @click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
@@ -46,6 +61,8 @@ def command(
     annotations: Path | None,
     threshold: float | None,
     skip_bad: bool,
+    folder: Path | None,
+    workers: int,
     engine: str | None,
     device: str,
     size: int | None,
@@ -60,6 +77,7 @@ def command(
     Examples:
       trace-sdk refine --masks pred.json --images val2017/ -o refined.json
       trace-sdk refine --masks pred.json --images val/ --annotations val.json -o refined.json --skip-bad
+      trace-sdk refine --masks pred.json --images val2017/ --edges hed/ --threshold 0.5 -o refined-hed.json
 
     \b
     Scores: a refined mask has the score of the mask it came from (1 where there is none) times the IoU with it;
@@ -76,8 +94,7 @@ def command(
       130  interrupted; run it again to go on
     """
     from trace_sdk import __version__
-    from trace_sdk.detector import EdgeDetector
-    from trace_sdk.instances.predictions import decode_entries, read_predictions
+    from trace_sdk.instances.predictions import read_predictions
 
     bad = 0
 
@@ -92,43 +109,51 @@ def command(
     predictions = read_predictions(masks, images, annotations, on_bad)
     if not predictions.images:
         raise DatasetError(f"{masks} has no mask of a photo in {images}. Give the folder of its photos.")
-    detector = EdgeDetector(engine, device=device, size=size)
-    made_with = {
-        "version": __version__,
-        "engine": detector.info["engine"],
-        "engine_sha256": detector.info["engine_sha256"],
-        "size": detector.size,
-        "threshold": detector.info["threshold"] if threshold is None else threshold,
-    }
-    parts = Parts(out.with_name(f"{out.name}.parts"), made_with)
+    edges_of, made_with = _edge_source(engine, device, size, folder, threshold)
+    parts = Parts(out.with_name(f"{out.name}.parts"), {"version": __version__, **made_with})
     refined: list[dict[str, Any]] = []
     edge_seconds = refine_seconds = 0.0
     given = fresh = done = 0
     try:
-        with progress("refine", total=len(predictions.images)) as advance:
-            for image in predictions.images:
-                given += len(image.entries)
-                try:
-                    key = parts.key(read_photo(image.photo), json.dumps([image.id, image.size, image.entries]).encode())
-                    part = parts.get(key)
-                    if part is None and image.entries:
-                        bad_before, began = bad, time.perf_counter()
-                        edges = detector.run(image.photo)
-                        found = time.perf_counter()
-                        height, width = edges.probability.shape
-                        part = _refine(edges, image, decode_entries(image, height, width, masks, on_bad), threshold)
-                        edge_seconds += found - began
-                        refine_seconds += time.perf_counter() - found
-                        fresh += 1
-                        # What was bad is to be listed again by the next run.
-                        if bad == bad_before:
-                            parts.put(key, part)
-                except InputError as error:
-                    on_bad(error)
-                    part = None
-                refined += part or []
+        with progress("refine", total=len(predictions.images)) as advance, _pool(workers) as submit:
+            waiting: deque[tuple[PredictedImage, str, Future[Answer] | None, Any]] = deque()
+
+            def collect() -> None:
+                nonlocal refine_seconds, fresh, done
+                image, key, future, part = waiting.popleft()
+                if future is not None:
+                    part, wrong, seconds = future.result()
+                    for error in wrong:
+                        on_bad(error)
+                    refine_seconds += seconds
+                    fresh += 1
+                    # What was bad is to be listed again by the next run.
+                    if not wrong:
+                        parts.put(key, part)
+                refined.extend(part or [])
                 done += 1
                 advance(note=image.photo.name)
+
+            for image in predictions.images:
+                given += len(image.entries)
+                key, part, future = "", None, None
+                try:
+                    facts = json.dumps([image.id, image.size, image.entries]).encode()
+                    own = b"" if folder is None else _edge_file(folder, image.photo).read_bytes()
+                    key = parts.key(read_photo(image.photo), facts, own)
+                    part = parts.get(key)
+                    if part is None and image.entries:
+                        began = time.perf_counter()
+                        edges = edges_of(image.photo)
+                        edge_seconds += time.perf_counter() - began
+                        future = submit(edges, image, masks, threshold)
+                except (InputError, DatasetError) as error:
+                    on_bad(error)
+                waiting.append((image, key, future, part))
+                while len(waiting) > (2 * workers if workers > 1 else 0):
+                    collect()
+            while waiting:
+                collect()
     except KeyboardInterrupt:
         errors.print(f"{done} of {len(predictions.images)} images done and kept.")
         raise
@@ -136,15 +161,20 @@ def command(
     if predictions.content is not None:
         numbered = [{"id": number, "iscrowd": 0, **entry} for number, entry in enumerate(refined, start=1)]
         described = predictions.content.get("info")
-        info = {**(described if isinstance(described, dict) else {}), "trace_sdk": made_with}
+        info = {
+            **(described if isinstance(described, dict) else {}),
+            "trace_sdk": {"version": __version__, **made_with},
+        }
         result = {**predictions.content, "info": info, "annotations": numbered}
     write_text(out, json.dumps(result))
     speed = ""
     if fresh:
+        each = refine_seconds / fresh / workers
         speed = (
             f"; edges {edge_seconds / fresh * 1e3:.0f} ms, refinement {refine_seconds / fresh * 1e3:.0f} ms an image "
-            f"(overhead {refine_seconds / max(edge_seconds, 1e-9):.0%}, {fresh / max(refine_seconds, 1e-9):.1f} "
-            "images/s beyond the edges)"
+            f"in {workers} process{'es' if workers > 1 else ''} "
+            f"(overhead {each * fresh / max(edge_seconds, 1e-9):.0%}, {1 / max(each, 1e-9):.1f} images/s "
+            "beyond the edges)"
         )
     kept = f", {done - fresh} were done already or have no masks" if done > fresh else ""
     trouble = f", {bad} bad left out" if bad else ""
@@ -154,6 +184,77 @@ def command(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _edge_source(
+    engine: str | None, device: str, size: int | None, folder: Path | None, threshold: float | None
+) -> tuple[Callable[[Path], EdgeMap], dict[str, Any]]:
+    """Photo → edges, and what they depend on."""
+    if folder is not None:
+        if threshold is None or engine is not None:
+            raise ArgumentError("--edges takes the place of --engine, and needs a --threshold of its own.")
+        if not folder.is_dir():
+            raise DatasetError(f"{folder} is not a folder. Give the folder of the edge maps.")
+        return partial(_read_edge_map, folder, threshold), {"edges": folder.name, "threshold": threshold}
+
+    from trace_sdk.detector import EdgeDetector
+
+    detector = EdgeDetector(engine, device=device, size=size)
+    return detector.run, {
+        "engine": detector.info["engine"],
+        "engine_sha256": detector.info["engine_sha256"],
+        "size": detector.size,
+        "threshold": detector.info["threshold"] if threshold is None else threshold,
+    }
+
+
+def _edge_file(folder: Path, photo: Path) -> Path:
+    for suffix in (".npy", ".png"):
+        if (file := folder / f"{photo.stem}{suffix}").is_file():
+            return file
+    raise DatasetError(f"{folder / photo.stem}.png is missing: --edges needs an edge map of every photo.")
+
+
+def _read_edge_map(folder: Path, threshold: float, photo: Path) -> EdgeMap:
+    from trace_sdk.edge_map import EdgeMap
+    from trace_sdk.evaluation.methods import read_edges
+    from trace_sdk.images import read_image
+
+    file, rgb = _edge_file(folder, photo), read_image(photo).rgb
+    edges = read_edges(file)
+    if edges.shape != rgb.shape[:2]:
+        raise DatasetError(f"{file} is {list(edges.shape)}, its photo is {list(rgb.shape[:2])}. Write both alike.")
+    return EdgeMap(edges, rgb, threshold)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Callable[..., Future[Answer]]]:
+    """A function like `_job` that answers with a future; with one worker it runs at once."""
+    if workers == 1:
+
+        def at_once(*arguments: Any) -> Future[Answer]:
+            future: Future[Answer] = Future()
+            future.set_result(_job(*arguments))
+            return future
+
+        yield at_once
+        return
+    # Forking a process that runs onnxruntime's threads can hang.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield lambda *arguments: pool.submit(_job, *arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _job(edges: EdgeMap, image: PredictedImage, file: Path, threshold: float | None) -> Answer:
+    """Results of one image, what was wrong with its entries, and the seconds taken."""
+    from trace_sdk.instances.predictions import decode_entries
+
+    began, wrong = time.perf_counter(), list[DatasetError]()
+    height, width = edges.probability.shape
+    results = _refine(edges, image, decode_entries(image, height, width, file, wrong.append), threshold)
+    return results, wrong, time.perf_counter() - began
 
 
 def _refine(

@@ -1,8 +1,9 @@
-"""Photos with human boundaries, read from the three layouts in which such sets come.
+"""Photos with human boundaries, read from the four layouts in which such sets come.
 
 COCO instances    FOLDER/instances.json, FOLDER/images/*          instance edges (Lin et al., ECCV 2014)
+COCO panoptic     FOLDER/panoptic.json, panoptic/*.png, images/*  edges of all segments (Kirillov et al., CVPR 2019)
 BSDS500           FOLDER/groundTruth/**/*.mat, FOLDER/images/**/* contours (Arbelaez et al., TPAMI 2011)
-instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scenes
+instance ids      FOLDER/NAME.png, FOLDER/NAME.ids.png            composed scenes; all instances are of one class
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.evaluation.touching import Touching, find_touching
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IDS = ".ids.png"
@@ -29,19 +31,20 @@ class Sample:
     """One photo and what people marked in it.
 
     name: file stem of the photo. rgb: uint8 [H, W, 3]. boundaries: one bool [H, W] for each annotator, at
-    least one, lines one pixel wide.
+    least one, lines one pixel wide. touching: contacts of instances of one class; None where nobody told instances.
     """
 
     name: str
     rgb: NDArray[np.uint8]
     boundaries: tuple[NDArray[np.bool_], ...]
+    touching: Touching | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Samples in a fixed order, each read from disk when it is asked for.
 
-    name: of the folder. path: the folder. kind: "coco", "bsds" or "ids". names: of the samples.
+    name: of the folder. path: the folder. kind: "coco", "panoptic", "bsds" or "ids". names: of the samples.
     """
 
     name: str
@@ -74,12 +77,14 @@ def open_dataset(path: str | Path) -> Dataset:
         raise DatasetError(f"{folder} is not a folder. Give the folder of a data set.")
     if (folder / "instances.json").is_file():
         return _open_coco(folder)
+    if (folder / "panoptic.json").is_file():
+        return _open_panoptic(folder)
     if (folder / "groundTruth").is_dir():
         return _open_bsds(folder)
     if any(folder.glob(f"*{_IDS}")):
         return _open_ids(folder)
     raise DatasetError(
-        f"{folder} holds no data set that is known here: neither instances.json and images/, nor "
+        f"{folder} holds no data set that is known here: neither instances.json or panoptic.json and images/, nor "
         "groundTruth/*.mat and images/, nor pairs NAME.png and NAME.ids.png."
     )
 
@@ -129,13 +134,40 @@ def _open_coco(folder: Path) -> Dataset:
                 f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
                 f"is {width}x{height}. Use the photos the annotations were made for."
             )
-        masks = [_decode_mask(a, height, width, file) for a in marked[int(image["id"])]]
+        masks = [(_decode_mask(a, height, width, file), a.get("category_id")) for a in marked[int(image["id"])]]
+        masks.sort(key=lambda pair: -int(pair[0].sum()))
         ids = np.zeros((height, width), np.int32)
-        for number, mask in enumerate(sorted(masks, key=lambda mask: -int(mask.sum())), start=1):
+        for number, (mask, _) in enumerate(masks, start=1):
             ids[mask] = number
-        return Sample(name, rgb, (instance_boundaries(ids),))
+        classes = {number: category for number, (_, category) in enumerate(masks, start=1)}
+        return Sample(name, rgb, (instance_boundaries(ids),), find_touching(ids, classes))
 
     return _filled(Dataset(folder.resolve().name, folder, "coco", tuple(sorted(names)), read))
+
+
+def _open_panoptic(folder: Path) -> Dataset:
+    """Borders of all segments, void among them; contacts are those of things, crowds left out."""
+    from trace_sdk.evaluation.panoptic import open_panoptic
+
+    content = open_panoptic(folder)
+    names = {Path(str(image.get("file_name"))).stem: number for number, image in content.images.items()}
+    if len(names) != len(content.images):
+        raise DatasetError(f"{content.file} lists two images of one name. Give each image its own.")
+
+    def read(name: str) -> Sample:
+        image = content.images[names[name]]
+        rgb = _read_rgb(folder / "images" / Path(str(image["file_name"])).name)
+        segmented = content.read(names[name])
+        if segmented.ids.shape != rgb.shape[:2]:
+            raise DatasetError(
+                f"{content.file}: segments of {name} are {list(segmented.ids.shape)}, its photo is "
+                f"{list(rgb.shape[:2])}. Use the photos that they were made for."
+            )
+        things = {i: c for i, c in segmented.categories.items() if content.things.get(c) and i not in segmented.crowds}
+        ids = np.where(np.isin(segmented.ids, list(things)), segmented.ids, 0)
+        return Sample(name, rgb, (instance_boundaries(segmented.ids),), find_touching(ids, things))
+
+    return _filled(Dataset(folder.resolve().name, folder, "panoptic", tuple(sorted(names)), read))
 
 
 def _decode_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
@@ -191,7 +223,9 @@ def _open_ids(folder: Path) -> Dataset:
             raise DatasetError(f"{file} is not a grey PNG of 8 or 16 bit with one id for each pixel. Write it again.")
         if ids.shape != rgb.shape[:2]:
             raise DatasetError(f"{file} is {list(ids.shape)}, its image is {list(rgb.shape[:2])}. Write both alike.")
-        return Sample(name, rgb, (instance_boundaries(ids.astype(np.int64)),))
+        whole = ids.astype(np.int64)
+        classes = dict.fromkeys(np.unique(whole).tolist(), "instance")
+        return Sample(name, rgb, (instance_boundaries(whole),), find_touching(whole, classes))
 
     names = tuple(sorted(file.name.removesuffix(_IDS) for file in folder.glob(f"*{_IDS}")))
     return _filled(Dataset(folder.resolve().name, folder, "ids", names, read))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trace_sdk.errors import ArgumentError
 from trace_sdk.evaluation.matching import BoundaryMatcher
+from trace_sdk.evaluation.touching import Touching
 
 MAX_DIST = 0.0075  # share of the image diagonal within which two boundary pixels may correspond
 THRESHOLDS = 99
@@ -32,6 +33,11 @@ class EdgeCounts:
     truth: NDArray[np.int64]  # boundary pixels, summed over annotators
     truth_matched: NDArray[np.int64]
     truth_near: NDArray[np.int64]
+    # Of contacts between instances of one class (`touching.Touching`); 0 where there are none.
+    contact_predicted: NDArray[np.int64]  # pixels matched to a contact, or judged
+    contact_predicted_matched: NDArray[np.int64]
+    contact_truth: NDArray[np.int64]
+    contact_truth_matched: NDArray[np.int64]
 
     def __add__(self, other: EdgeCounts) -> EdgeCounts:
         return EdgeCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -53,9 +59,46 @@ class EdgeCounts:
             self.predicted_near / np.maximum(self.predicted, 1), self.truth_near / np.maximum(self.truth, 1)
         )
 
+    @property
+    def contact_recall(self) -> NDArray[np.float64]:
+        """float64 [T] in [0, 1]: `recall` on contacts alone."""
+        return self.contact_truth_matched / np.maximum(self.contact_truth, 1)
+
+    @property
+    def contact_precision(self) -> NDArray[np.float64]:
+        """float64 [T] in [0, 1]: of the edges inside instances that touch, the share that is a contact."""
+        return self.contact_predicted_matched / np.maximum(self.contact_predicted, 1)
+
     def at(self, index: int) -> EdgeCounts:
         """The counts at one threshold, each int64 [1]."""
         return EdgeCounts(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class ContactScores:
+    """How well touching instances of one class are told apart.
+
+    f: best F-measure on contacts alone at one threshold for the whole set, edges elsewhere than inside the instances
+    that touch left out. precision, recall, threshold: where `f` was reached. pixels: length of all contacts.
+    precisions, recalls: at each evaluated threshold, the precision of the whole maps and the recall of contacts; see
+    `recall_at`.
+    """
+
+    f: float
+    precision: float
+    recall: float
+    threshold: float
+    pixels: int
+    precisions: tuple[float, ...]
+    recalls: tuple[float, ...]
+
+    def recall_at(self, precision: float) -> float:
+        """The highest recall of contacts at which all edges of the set together have this precision, or more.
+
+        Interpolated between thresholds as ODS is. It compares methods that are equally careful everywhere else.
+        """
+        curve = _interpolated(np.array([self.precisions, self.recalls]))
+        return float(curve[1][curve[0] >= precision].max(initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -68,6 +111,7 @@ class EdgeScores:
     of best F-measure, counts added up over the set. threshold, precision, recall: where `ods` was reached,
     each in [0, 1]. images: how many images. seconds: median time of the method for one image, None if it was
     read from files. thresholds: how many were tried. max_dist: tolerance as a share of the image diagonal.
+    contacts: between touching instances of one class; None where the set has none.
     """
 
     ods: float
@@ -81,6 +125,7 @@ class EdgeScores:
     thresholds: int
     max_dist: float
     seconds: float | None = None
+    contacts: ContactScores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Field names and values, ready for JSON."""
@@ -104,6 +149,7 @@ def count_edges(
     *,
     thresholds: int = THRESHOLDS,
     max_dist: float = MAX_DIST,
+    touching: Touching | None = None,
 ) -> EdgeCounts:
     """Match one edge map to all annotators at every threshold.
 
@@ -118,11 +164,15 @@ def count_edges(
     over annotators, with a predicted one within it (both without one-to-one matching), and clDice is their
     harmonic mean.
 
+    Contacts are matched on their own; a predicted pixel that has no partner there is false if it lies in
+    `touching.judged`.
+
     Args:
         probability: float [H, W] in [0, 1], soft edge map, usually after `trace_sdk.edge_map.thin`.
         boundaries: one bool [H, W] map for each annotator, lines one pixel wide, at least one map.
         thresholds: how many, see `threshold_values`.
         max_dist: tolerance as a share of the image diagonal, > 0.
+        touching: contacts between instances of one class, if instances are known.
 
     Returns:
         The counts at each threshold.
@@ -136,14 +186,20 @@ def count_edges(
     radius = max_dist * math.hypot(*probability.shape)
     matchers = [BoundaryMatcher(boundary, radius) for boundary in boundaries]
     truth = sum(int(np.count_nonzero(boundary)) for boundary in boundaries)
+    contacts, contact_truth = None, 0
+    if touching is not None and touching.line.any():
+        contacts = BoundaryMatcher(touching.line, radius), touching.judged
+        contact_truth = int(np.count_nonzero(touching.line))
     rows: list[tuple[int, ...]] = []
-    previous, selected = (0, 0, 0, truth, 0, 0), 0
+    previous = (0, 0, 0, truth, 0, 0, 0, 0, contact_truth, 0)
+    selected = 0
     # From the top down the binary map only grows: same number of pixels, same map, same counts.
     for threshold in threshold_values(thresholds)[::-1]:
         binary = probability >= threshold
         if (size := int(np.count_nonzero(binary))) != selected:
             selected = size
-            previous = _count_binary(thin(binary), matchers, truth)  # type: ignore[no-untyped-call]
+            thinned = thin(binary)  # type: ignore[no-untyped-call]
+            previous = _count_binary(thinned, matchers, truth) + _count_contacts(thinned, contacts)
         rows.append(previous)
     return EdgeCounts(*np.array(rows[::-1], np.int64).T)
 
@@ -177,7 +233,17 @@ def score_edges(counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, second
         thresholds=len(values),
         max_dist=max_dist,
         seconds=seconds,
+        contacts=_score_contacts(total, values),
     )
+
+
+def _score_contacts(total: EdgeCounts, thresholds: NDArray[np.float64]) -> ContactScores | None:
+    pixels = int(total.contact_truth[0])
+    if not pixels:
+        return None
+    f, threshold, recall, precision = best_f(thresholds, total.contact_recall, total.contact_precision)
+    curve = tuple(total.precision.tolist()), tuple(total.contact_recall.tolist())
+    return ContactScores(f, precision, recall, threshold, pixels, *curve)
 
 
 def best_f(
@@ -189,14 +255,19 @@ def best_f(
         F-measure, threshold, recall and precision there (the benchmark's `maxF`, 100 steps between
         neighbours).
     """
-    curve = np.stack([thresholds, recall, precision])  # [3, T]
-    if curve.shape[1] > 1:
-        share = np.linspace(0, 1, _STEPS_BETWEEN_THRESHOLDS)
-        between = curve[:, :-1, None] * (1 - share) + curve[:, 1:, None] * share
-        curve = between.reshape(3, -1)
+    curve = _interpolated(np.stack([thresholds, recall, precision]))
     f = harmonic_mean(curve[2], curve[1])
     best = int(np.argmax(f))
     return float(f[best]), float(curve[0, best]), float(curve[1, best]), float(curve[2, best])
+
+
+def _interpolated(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points along a curve of T points [N, T], 100 linear steps between neighbours: [N, 100 · (T − 1)]."""
+    if curve.shape[1] == 1:
+        return curve
+    share = np.linspace(0, 1, _STEPS_BETWEEN_THRESHOLDS)
+    between: NDArray[np.float64] = curve[:, :-1, None] * (1 - share) + curve[:, 1:, None] * share
+    return between.reshape(len(curve), -1)
 
 
 def average_precision(counts: EdgeCounts) -> float:
@@ -234,6 +305,18 @@ def _count_binary(
         sum(int(np.count_nonzero(m.truth_matched)) for m in matchings),
         sum(int(np.count_nonzero(m.truth_near)) for m in matchings),
     )
+
+
+def _count_contacts(
+    predicted: NDArray[np.bool_], contacts: tuple[BoundaryMatcher, NDArray[np.bool_]] | None
+) -> tuple[int, int, int, int]:
+    if contacts is None:
+        return 0, 0, 0, 0
+    matcher, judged = contacts
+    matching = matcher.match(predicted)
+    matched = int(np.count_nonzero(matching.predicted_matched))
+    false = int(np.count_nonzero(judged[predicted] & ~matching.predicted_matched))
+    return matched + false, matched, len(matching.truth_matched), int(np.count_nonzero(matching.truth_matched))
 
 
 def check_edge_map(edges: NDArray[np.float32]) -> None:

@@ -31,8 +31,9 @@ from trace_sdk.evaluation.edges import (
     score_edges,
 )
 from trace_sdk.evaluation.methods import EdgeFolder, Method
+from trace_sdk.evaluation.touching import Touching
 
-_PROTOCOL = "1"  # part of every cache key; raise it when the counting changes
+_PROTOCOL = "2"  # part of every cache key; raise it when the counting changes
 
 Result = tuple[EdgeCounts, float | None]
 
@@ -90,7 +91,7 @@ def evaluate(
                 future.set_result(known)
             else:
                 edges, seconds = _run(dataset, sample, method)
-                future = submit(edges, sample.boundaries, thresholds, max_dist, seconds, file)
+                future = submit(edges, sample.boundaries, sample.touching, thresholds, max_dist, seconds, file)
             waiting.append((sample.name, future))
             while len(waiting) > 2 * workers:
                 collect()
@@ -141,12 +142,14 @@ def _run(dataset: Dataset, sample: Sample, method: Method) -> tuple[NDArray[np.f
 def _count(
     edges: NDArray[np.float32],
     boundaries: tuple[NDArray[np.bool_], ...],
+    touching: Touching | None,
     thresholds: int,
     max_dist: float,
     seconds: float | None,
     file: Path | None,
 ) -> Result:
-    counts = count_edges(thin_ridges(edges), boundaries, thresholds=thresholds, max_dist=max_dist)
+    ridges = thin_ridges(edges)
+    counts = count_edges(ridges, boundaries, thresholds=thresholds, max_dist=max_dist, touching=touching)
     if file is not None:
         columns = {name: values.tolist() for name, values in asdict(counts).items()}
         write_text(file, json.dumps({"seconds": seconds, "counts": columns}))
@@ -189,6 +192,8 @@ def _cache_file(
     digest.update(sample.rgb.tobytes())
     for boundary in sample.boundaries:
         digest.update(np.packbits(boundary).tobytes())
+    if sample.touching is not None:
+        digest.update(np.packbits(sample.touching.line).tobytes() + np.packbits(sample.touching.judged).tobytes())
     return Path(cache) / dataset.name / f"{sample.name}-{digest.hexdigest()[:24]}.json"
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.instances.coco import encode_mask
+from trace_sdk.instances.predictions import decode_entries, read_predictions
 
 MAX_MASKS = 100  # of each image, by score, as COCO counts
 
@@ -29,6 +34,48 @@ class MaskScores:
     images: int
     instances: int
     masks: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and values, ready for JSON."""
+        return asdict(self)
+
+
+def score_file(folder: str | Path, file: str | Path, names: Collection[str] | None = None) -> MaskScores:
+    """Compare a file of masks (see `trace_sdk.instances.predictions`) with FOLDER/instances.json.
+
+    Args:
+        folder: a COCO data set with images/.
+        file: COCO results or data set; masks of images that are not looked at are passed over.
+        names: stems of the photos to look at; None: all.
+
+    Raises:
+        DatasetError: a file is missing or malformed, or a mask is.
+    """
+    source = Path(folder) / "instances.json"
+    predictions = read_predictions(Path(file), Path(folder) / "images", source, _refuse)
+    truth = json.loads(source.read_bytes())
+    wanted = {i["id"] for i in truth["images"] if names is None or Path(str(i["file_name"])).stem in names}
+    results = []
+    for image in predictions.images:
+        if image.id not in wanted or not image.entries:
+            continue
+        with Image.open(image.photo) as photo:
+            width, height = photo.size
+        for entry, mask in decode_entries(image, height, width, Path(file), _refuse):
+            results.append(
+                {"image_id": image.id, "segmentation": encode_mask(mask), "score": float(entry.get("score", 1.0))}
+            )
+    return score_masks(
+        {
+            "images": [image for image in truth["images"] if image["id"] in wanted],
+            "annotations": [a for a in truth["annotations"] if a["image_id"] in wanted],
+        },
+        results,
+    )
+
+
+def _refuse(error: DatasetError) -> NoReturn:
+    raise error
 
 
 def score_masks(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> MaskScores:

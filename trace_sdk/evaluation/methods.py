@@ -114,7 +114,7 @@ class EdgeFolder:
 
     def edges(self, dataset: Dataset, sample: Sample) -> NDArray[np.float32]:
         file = self._find(dataset, sample.name)
-        edges = _read_edges(file)
+        edges = read_edges(file)
         if edges.shape != sample.rgb.shape[:2]:
             raise DatasetError(
                 f"{file} is {list(edges.shape)}, its photo is {list(sample.rgb.shape[:2])}. "
@@ -146,7 +146,12 @@ def check_names(methods: Sequence[Method]) -> None:
             raise ArgumentError(f"Two methods are called {name!r}. Give each --edges and --engine its own name.")
 
 
-def _read_edges(file: Path) -> NDArray[np.float32]:
+def read_edges(file: Path) -> NDArray[np.float32]:
+    """An edge map made elsewhere: grey .png of 8 or 16 bit, or float .npy in [0, 1] → float32 [H, W].
+
+    Raises:
+        DatasetError: unreadable, of another kind, or out of range.
+    """
     try:
         if file.suffix == ".npy":
             edges = np.load(file, allow_pickle=False)

@@ -6,19 +6,24 @@ import datetime
 import json
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_text
 from trace_sdk.evaluation.datasets import Dataset
 from trace_sdk.evaluation.edges import MAX_DIST, THRESHOLDS, EdgeScores
+from trace_sdk.evaluation.instances import MaskScores
+from trace_sdk.evaluation.panoptic import PanopticScores
 from trace_sdk.machine import commit, hardware, versions
 
-COLUMNS = ("ODS", "OIS", "AP", "clDice", "images", "s/image")
+COLUMNS = ("ODS", "OIS", "AP", "clDice", "touch F", "touch R", "images", "s/image")
+REFERENCE = "canny"  # "touch R" is taken at the precision that this method has at its ODS
 _LIBRARIES = ("numpy", "scipy", "scikit-image", "pillow", "pycocotools", "onnxruntime", "torch")
 
 
@@ -27,7 +32,7 @@ class Report:
     """Scores by method and data set, filled in as they come.
 
     rows: method → data set → scores. missing: method → why it was not measured. agreement: data set →
-    F-measure of each annotator against the others.
+    F-measure of each annotator against the others. masks, panoptic: name → data set → scores of a file.
     """
 
     thresholds: int = THRESHOLDS
@@ -36,6 +41,8 @@ class Report:
     rows: dict[str, dict[str, EdgeScores]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
+    masks: dict[str, dict[str, MaskScores]] = field(default_factory=dict)
+    panoptic: dict[str, dict[str, PanopticScores]] = field(default_factory=dict)
 
     def add_dataset(self, dataset: Dataset) -> None:
         """Give the table a group of columns for `dataset`."""
@@ -53,31 +60,77 @@ class Report:
             "datasets": self.datasets,
             "annotators": self.agreement,
             "methods": {
-                name: {dataset: scores.to_dict() for dataset, scores in row.items()} for name, row in self.rows.items()
+                name: {
+                    dataset: {**scores.to_dict(), "touching_recall": self.touching_recall(dataset, scores)}
+                    for dataset, scores in row.items()
+                }
+                for name, row in self.rows.items()
             },
             "not_measured": self.missing,
+            "masks": {name: {key: one.to_dict() for key, one in row.items()} for name, row in self.masks.items()},
+            "panoptic": {name: {key: one.to_dict() for key, one in row.items()} for name, row in self.panoptic.items()},
         }
 
+    def touching_recall(self, dataset: str, scores: EdgeScores) -> float | None:
+        """Recall of contacts between touching instances of one class where all edges are as precise as Canny's.
+
+        None where the set has no contact, or Canny was not measured on it.
+        """
+        reference = self.rows.get(REFERENCE, {}).get(dataset)
+        if scores.contacts is None or reference is None:
+            return None
+        return scores.contacts.recall_at(reference.precision)
+
     def to_markdown(self) -> str:
-        """A Markdown table, then the provenance."""
+        """Markdown tables, then the provenance."""
         header = ["method", *(f"{name} {column}" for name in self.datasets for column in COLUMNS)]
         groups = [self._cells(name) for name in self.datasets]
         rows = [[row[0][0], *(cell for _, cells in row for cell in cells)] for row in zip(*groups, strict=True)]
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         facts = provenance(self.thresholds, self.max_dist)
         about = [f"* {name}: {_text(value)}" for name, value in facts.items()]
-        table = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join(["# Edge quality", "", *table, "", *about, ""])
+        table = markdown_table(header, rows)
+        edges = ["# Edge quality", "", *table, ""] if self.rows else []
+        for title, columns, cells in self._others():
+            edges += [f"# {title}", "", *markdown_table(["method", *columns], cells), ""]
+        return "\n".join([*edges, *about, ""])
 
     def to_tables(self) -> list[Table]:
         """The same for a rich console, one table a data set so that it fits 80 columns."""
         tables = []
-        for name in self.datasets:
-            table = Table("method", *(Column(column, justify="right") for column in COLUMNS), title=name)
+        for name in self.datasets if self.rows else ():
+            columns = [Column(column, justify="right", no_wrap=True) for column in COLUMNS]
+            missing = "\n".join(f"{method}: {reason}" for method, reason in self.missing.items())
+            table = Table("method", *columns, title=name, caption=missing, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
             for method, cells in self._cells(name):
-                table.add_row(method, *cells)
+                if method not in self.missing:
+                    table.add_row(method, *cells)
+            tables.append(table)
+        for title, names, rows in self._others():
+            table = Table("method", *(Column(n, justify="right") for n in names), title=title, box=SIMPLE_HEAD)
+            for row in rows:
+                table.add_row(*row)
             tables.append(table)
         return tables
+
+    def _others(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Title, columns and rows of the tables of masks and of panoptic segments, where there are any."""
+        mask_rows = [
+            [name, dataset, *map(_figure, (one.ap, one.ap50, one.ap75, one.ar100)), str(one.masks)]
+            for name, row in self.masks.items()
+            for dataset, one in row.items()
+        ]
+        segment_rows = [
+            [name, f"{dataset}, {kind}", *map(_figure, (one.pq, one.sq, one.rq)), str(one.categories)]
+            for name, row in self.panoptic.items()
+            for dataset, scores in row.items()
+            for kind, one in (("all", scores.all), ("things", scores.things), ("stuff", scores.stuff))
+            if one is not None
+        ]
+        tables = [
+            ("Masks, class-agnostic", ["data set", "AP", "AP50", "AP75", "AR100", "masks"], mask_rows),
+            ("Panoptic quality", ["data set", "PQ", "SQ", "RQ", "categories"], segment_rows),
+        ]
+        return [table for table in tables if table[2]]
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Write quality.json and quality.md into `folder`. Raises OutputError."""
@@ -90,8 +143,21 @@ class Report:
         """Method and cells of each row, the same rows for every data set."""
         rest = [""] * (len(COLUMNS) - 1)
         human = [("annotators", [_figure(self.agreement.get(dataset)), *rest])] if self.agreement else []
-        measured = [(method, _scores(row.get(dataset))) for method, row in self.rows.items()]
+        measured = [(method, self._row(dataset, row.get(dataset))) for method, row in self.rows.items()]
         return [*human, *measured, *((method, [reason, *rest]) for method, reason in self.missing.items())]
+
+    def _row(self, dataset: str, scores: EdgeScores | None) -> list[str]:
+        if scores is None:
+            return ["-"] * len(COLUMNS)
+        contacts = None if scores.contacts is None else scores.contacts.f
+        quality = (scores.ods, scores.ois, scores.ap, scores.cldice, contacts, self.touching_recall(dataset, scores))
+        return [*map(_figure, quality), str(scores.images), _figure(scores.seconds)]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the first column to the left."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def provenance(thresholds: int, max_dist: float) -> dict[str, Any]:
@@ -106,13 +172,6 @@ def provenance(thresholds: int, max_dist: float) -> dict[str, Any]:
         "thresholds": thresholds,
         "max_dist": max_dist,
     }
-
-
-def _scores(scores: EdgeScores | None) -> list[str]:
-    if scores is None:
-        return ["-"] * len(COLUMNS)
-    quality = [_figure(value) for value in (scores.ods, scores.ois, scores.ap, scores.cldice)]
-    return [*quality, str(scores.images), _figure(scores.seconds)]
 
 
 def _figure(value: float | None) -> str:

@@ -34,7 +34,7 @@ import PIL.Image
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 from scipy.ndimage import find_objects, label
-from scipy.sparse import csr_matrix, dia_array
+from scipy.sparse import csr_array, csr_matrix, dia_array
 from scipy.stats import binom
 
 from trace_sdk.instances.hierarchy import (
@@ -57,6 +57,7 @@ LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region
 INNER = 0.9  # strength of a line that splits a mask, to that of the mask's outline without its holes
 ALIKE = 0.4  # IoU of a new outline with its fragment
 MARGIN = 1.1  # strength of a new outline, to that of the old one
+TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
 
@@ -94,7 +95,7 @@ class RefinedMasks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fragment:
+class Fragment:
     """Part of a mask in one region. `instance`: number among the mask's own, see step 2."""
 
     mask: int
@@ -113,7 +114,7 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
-    fragments = _fragments(probability, hierarchy, of_piece, regions, masks)
+    fragments = split_masks(probability, hierarchy, of_piece, regions, masks)
     walk = _Walk(probability, regions)
     parts = walk.spread(masks, fragments)
 
@@ -139,13 +140,13 @@ def propagate(
     )
 
 
-def _fragments(
+def split_masks(
     probability: NDArray[np.float32],
     hierarchy: Hierarchy,
     of_piece: NDArray[np.int32],
     regions: NDArray[np.int32],
     masks: NDArray[np.bool_],
-) -> list[_Fragment]:
+) -> list[Fragment]:
     """Step 2: which regions of each mask count, and as which of its instances."""
     count = int(of_piece.max()) + 1
     areas = np.bincount(regions.ravel(), minlength=count)
@@ -167,7 +168,7 @@ def _fragments(
         joined = components(merges[: np.searchsorted(heights, needed)], len(chosen))
         instances = join_specks(joined, held[chosen].astype(np.float64), SPLIT * held.sum(), *borders)
         fragments += [
-            _Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
+            Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
         ]
     return fragments
 
@@ -183,7 +184,7 @@ class _Walk:
         middle_y = np.minimum(np.arange(rows) * step + step // 2, self._shape[0] - 1)
         middle_x = np.minimum(np.arange(columns) * step + step // 2, self._shape[1] - 1)
         self._cells = regions[np.ix_(middle_y, middle_x)]
-        self._transition = transition_matrix(edges, self._cells)
+        self._transition = csr_array(transition_matrix(edges, self._cells))
         self._probability, self._regions = probability, regions
         self._boxes = find_objects(regions + 1)
         self._sorted = np.argsort(regions.ravel(), kind="stable")
@@ -193,7 +194,7 @@ class _Walk:
         """Flat indices of a region's pixels."""
         return self._sorted[self._bounds[region] : self._bounds[region + 1]]
 
-    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[_Fragment]) -> list[NDArray[np.bool_]]:
+    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[Fragment]) -> list[NDArray[np.bool_]]:
         """Step 3: for each fragment, which of its region's pixels it now has."""
         if not fragments:
             return []
@@ -213,7 +214,14 @@ class _Walk:
                 covered[fragment.mask] = _block_means(masks[fragment.mask], self._step).ravel()
             own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
             seeds[column, own] = covered[fragment.mask][own]
-        shares = np.stack([spread(self._transition, vector, STEPS) for vector in seeds])
+        shares = np.zeros_like(seeds)
+        vectors_of = np.bincount(list(used), list(used.values()), minlength=len(self._bounds) - 1)[cells]
+        for first in range(0, len(seeds), TOGETHER):
+            # The walk of later columns is that of fewer regions.
+            own = np.flatnonzero(vectors_of > first)
+            some = slice(first, first + TOGETHER)
+            transition = self._transition[own][:, own]
+            shares[some, own] = spread(transition, np.ascontiguousarray(seeds[some, own].T), STEPS).T
 
         rise = np.zeros_like(shares)
         for fragment, column in zip(fragments, columns, strict=True):
@@ -320,8 +328,8 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
     return matrix
 
 
-def spread(transition: dia_array, vector: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
-    """transition^steps · vector, float32 [N], to within TAIL of the vector's norm.
+def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+    """transition^steps · vector, float32 [N] or [N, M], to within TAIL of each vector's norm.
 
     x^s = Σ_j c_j T_j(x), with c_j the chance that the heads and tails of s fair coins differ by j; the sum stops
     where the chances left fall under TAIL. This needs real eigenvalues in [−1, 1], which symmetric affinities give.

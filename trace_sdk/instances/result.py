@@ -167,8 +167,10 @@ class Instances:
             "imageWidth": width,
         }
 
-    def plot(self, image: ImageInput | None = None) -> PIL.Image.Image:
+    def plot(self, image: ImageInput | None = None, *, hatch: bool = False) -> PIL.Image.Image:
         """Each instance in its own colour over the input, or over another `image` of its size: RGB, W x H.
+
+        `hatch` paints stripes, whose direction differs between neighbours in number, so that colour is not needed.
 
         Raises:
             ArgumentError: `image` has another size.
@@ -182,6 +184,9 @@ class Instances:
             )
         colours = PIL.Image.fromarray(_palette(len(self))[self.labels - 1])
         mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(photo), colours, FILL))
+        if hatch:
+            bare = ~_stripes(self.labels)
+            mixed[bare] = photo[bare]
         border = np.zeros(self.labels.shape, np.uint8)
         border[:, 1:] |= self.labels[:, 1:] != self.labels[:, :-1]
         border[1:] |= self.labels[1:] != self.labels[:-1]
@@ -196,6 +201,23 @@ class Instances:
     def __repr__(self) -> str:
         height, width = self.labels.shape
         return f"Instances({len(self)} in {width}x{height}, threshold={self.info.get('threshold')})"
+
+
+def paint_masks(rgb: NDArray[np.uint8], masks: NDArray[np.bool_]) -> PIL.Image.Image:
+    """Masks bool [K, H, W] in colours over a photo, uint8 [H, W, 3], small ones on top, with white outlines."""
+    number = np.zeros(rgb.shape[:2], np.int32)
+    border = np.zeros(rgb.shape[:2], np.uint8)
+    by_size = np.argsort(-masks.sum(axis=(1, 2)), kind="stable")
+    for index in by_size:
+        mask = masks[index]
+        number[mask] = index + 1
+        border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        border[1:] |= mask[1:] != mask[:-1]
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), _palette(len(masks))])[number]
+    mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(rgb), PIL.Image.fromarray(colours), FILL))
+    mixed[number == 0] = rgb[number == 0] // 2
+    mixed[maximum_filter(border, round(max(border.shape) / PEN) + 1) > 0] = 255
+    return PIL.Image.fromarray(mixed)
 
 
 def coco_info(info: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +242,15 @@ def _rings(mask: NDArray[np.bool_], box: tuple[slice, slice]) -> list[NDArray[np
         # Contours go through pixel centres of a framed crop: half a pixel to corners, one back for the frame.
         rings.append(simple[:, ::-1] - 0.5 + (box[1].start, box[0].start))
     return rings
+
+
+def _stripes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Where the stripes of each instance lie: slanted, upright, slanted the other way, level, in turns by number."""
+    pen = max(2, round(max(labels.shape) / PEN * 4))
+    y, x = np.ogrid[: labels.shape[0], : labels.shape[1]]
+    along = np.choose(labels % 4, np.broadcast_arrays(x + y, x + 0 * y, x - y, y + 0 * x))
+    stripes: NDArray[np.bool_] = (along // pen) % 2 == 0
+    return stripes
 
 
 def _palette(count: int) -> NDArray[np.uint8]:

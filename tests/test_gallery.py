@@ -1,0 +1,110 @@
+"""The gallery page: its files exist, its text is safe, and its slider and choices work in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+from trace_sdk.cli import main
+from trace_sdk.edge_map import EdgeMap
+from trace_sdk.gallery import Exhibit, write_page
+from trace_sdk.instances.coco import encode_mask
+from trace_sdk.instances.result import paint_masks
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def page(tiny_engine: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "photos & more"
+    folder.mkdir()
+    grey = np.full((96, 128), 30, np.uint8)
+    grey[24:72, 40:88] = 220
+    PIL.Image.fromarray(grey).save(folder / "photo_7.png")
+    mask = encode_mask(grey > 100)
+    (tmp_path / "pred.json").write_text(json.dumps([{"image_id": 7, "segmentation": mask, "score": 0.9}]))
+    arguments = ["gallery", str(folder), "-o", str(tmp_path / "page"), "--masks", str(tmp_path / "pred.json")]
+    result = CliRunner().invoke(main, [*arguments, "--engine", str(tiny_engine), "--title", "A <b> & c", "--hatch"])
+    assert result.exit_code == 0, result.output
+    return tmp_path / "page/index.html"
+
+
+def test_page_and_pictures(page: Path) -> None:
+    text = page.read_text()
+    assert "A &lt;b&gt; &amp; c" in text and "<b>" not in text and "http" not in text
+    names = {file.name for file in (page.parent / "pictures").iterdir()}
+    assert names == {
+        f"photo_7.{what}.jpg" for what in ("photo", "probability", "edges", "instances", "masks", "refined-masks")
+    }
+    for name in names:
+        assert f"pictures/{name}" in text
+        with PIL.Image.open(page.parent / "pictures" / name) as picture:
+            assert picture.size == (128, 96)
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    name = '"><script>alert(1)</script>'
+    write_page(tmp_path / "p.html", name, [Exhibit(name, 1, 1, ((name, name), (name, name)), name)])
+    assert (tmp_path / "p.html").read_text().count("<script>") == 1
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt-get install chromium")
+def test_slider_and_choices_in_a_browser(page: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 900, "height": 900})
+        trouble: list[Any] = []
+        tab.on("console", lambda message: trouble.append(message.text))
+        tab.on("pageerror", lambda error: trouble.append(error))
+        tab.on("requestfailed", lambda request: trouble.append(request.url))
+        tab.goto(page.as_uri())
+        tab.wait_for_load_state("networkidle")
+        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 128)")
+        left, slider = tab.locator("img.left"), tab.locator("input[type=range]")
+        assert "50%" in left.evaluate("e => getComputedStyle(e).clipPath")
+        slider.focus()
+        for _ in range(20):
+            tab.keyboard.press("ArrowRight")
+        assert "30%" in left.evaluate("e => getComputedStyle(e).clipPath")
+        box = slider.bounding_box()
+        tab.mouse.click(box["x"] + 0.1 * box["width"], box["y"] + 0.5 * box["height"])
+        assert int(slider.input_value()) < 25
+        tab.locator("select.right").select_option(label="edges")
+        tab.wait_for_function("document.querySelector('img.right').src.endsWith('edges.jpg')")
+        tab.screenshot(path=str(page.parent / "shot.png"))
+        browser.close()
+    assert not trouble
+
+
+def test_masks_need_their_folder(tiny_engine: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "pred.json").write_text("[]")
+    arguments = ["gallery", str(photos / "a.png"), "-o", str(tmp_path / "page"), "--masks", str(tmp_path / "pred.json")]
+    result = CliRunner().invoke(main, [*arguments, "--engine", str(tiny_engine)])
+    assert result.exit_code == 2 and "needs one folder" in result.stderr
+
+
+def test_painted_masks() -> None:
+    rgb = np.full((40, 60, 3), 100, np.uint8)
+    masks = np.zeros((2, 40, 60), np.bool_)
+    masks[0, 5:35, 5:55], masks[1, 15:25, 20:30] = True, True
+    painted = np.asarray(paint_masks(rgb, masks))
+    assert (painted[1, 1] == 50).all() and (painted[15, 25] == 255).all()
+    assert (painted[20, 25] != painted[10, 10]).any() and (painted[20, 25] != 100).any()
+
+
+def test_hatching_leaves_the_photo_between_the_stripes() -> None:
+    edges = np.zeros((80, 120), np.float32)
+    edges[:, 60] = 1
+    found = EdgeMap(edges, np.full((80, 120, 3), 100, np.uint8), 0.5).instances()
+    plain, hatched = np.asarray(found.plot()), np.asarray(found.plot(hatch=True))
+    for half in (np.s_[5:75, 5:55], np.s_[5:75, 65:115]):
+        bare = (hatched[half] == 100).all(axis=2)
+        assert 0.3 < bare.mean() < 0.7 and (hatched[half][~bare] == plain[half][~bare]).all()

@@ -1,0 +1,125 @@
+"""Video: frames in and out, and numbers that stay with their instance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from trace_sdk.cli import main
+
+av = pytest.importorskip("av", reason="needs trace-sdk[video]")
+pytest.importorskip("trackers", reason="needs trace-sdk[video]")
+
+FRAMES, RATE = 12, 10
+
+
+def record(path: Path, frames: list[Any]) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "4"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A bright square that moves right and a dark one that moves left, past each other in two rows."""
+    frames = []
+    for t in range(FRAMES):
+        frame = np.full((96, 128, 3), 110, np.uint8)
+        frame[8:40, 8 + 6 * t : 40 + 6 * t] = 250
+        frame[56:88, 88 - 6 * t : 120 - 6 * t] = 0
+        frames.append(frame)
+    return record(tmp_path / "clip.mp4", frames)
+
+
+def detect(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(main, ["detect", *map(str, arguments)])
+
+
+def test_numbers_stay_with_their_instance(clip: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    result = detect(clip, "-o", tmp_path / "out", "--engine", tiny_engine, "--overlay")
+    assert result.exit_code == 0, result.output
+    assert f"{FRAMES} frames of 10/s" in result.stdout and "frames/s, total" in result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "out/clip.frames.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(FRAMES)) and lines[5]["time"] == pytest.approx(0.5)
+    for row, way in ((24, 6), (72, -6)):
+        start = 24 if way > 0 else 104
+        numbers = []
+        for t, line in enumerate(lines):
+            centre = start + way * t
+            (here,) = [
+                one["id"] for one in line["instances"]
+                if one["area"] < 2500 and one["bbox"][0] < centre < one["bbox"][0] + one["bbox"][2]
+                and one["bbox"][1] < row < one["bbox"][1] + one["bbox"][3]
+            ]  # fmt: skip
+            numbers.append(here)
+        # A tracker numbers what it sees for the second time.
+        assert numbers[0] is None and numbers[1] is not None and len(set(numbers[1:])) == 1
+    assert len({one["id"] for one in lines[6]["instances"]}) == len(lines[6]["instances"]) == 3
+
+
+def test_videos_have_the_frames_and_size_of_the_input(clip: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    assert detect(clip, "-o", tmp_path / "out", "--engine", tiny_engine, "--overlay").exit_code == 0
+    for name in ("clip.edges.mp4", "clip.overlay.mp4"):
+        with av.open(str(tmp_path / "out" / name)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert float(container.streams.video[0].average_rate) == RATE
+        assert len(frames) == FRAMES and frames[0].shape == (96, 128, 3)
+        if "edges" in name:
+            assert frames[0][24, 8].mean() > 100 and frames[0][48, 64].mean() < 30
+
+
+def test_odd_sides_are_filled_up(tiny_engine: Path, tmp_path: Path) -> None:
+    from fractions import Fraction
+
+    from trace_sdk.video import _writers
+
+    with _writers(av, [str(tmp_path / "odd.mp4")], Fraction(RATE)) as (write,):
+        write(np.full((33, 65, 3), 200, np.uint8))
+    with av.open(str(tmp_path / "odd.mp4")) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (66, 34)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all" * 50])
+def test_a_bad_video_is_named_and_photos_are_still_done(
+    tiny_engine: Path, photos: Path, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "bad.mp4").write_bytes(content)
+    result = detect(tmp_path / "bad.mp4", photos / "a.png", "-o", tmp_path / "out", "--engine", tiny_engine)
+    assert result.exit_code == 1 and "bad.mp4 cannot be read as a video" in result.stderr
+    assert "Traceback" not in result.output
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.edges.png"}
+
+
+def test_a_missing_video(tiny_engine: Path, tmp_path: Path) -> None:
+    result = detect(tmp_path / "gone.mp4", "-o", tmp_path / "out", "--engine", tiny_engine)
+    assert result.exit_code == 1 and "gone.mp4" in result.stderr
+
+
+def test_no_file_is_left_when_it_is_cut(
+    clip: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_sdk.edge_map import EdgeMap
+
+    original, calls = EdgeMap.instances, 0
+
+    def stop(self: EdgeMap, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(EdgeMap, "instances", stop)
+    result = detect(clip, "-o", tmp_path / "out", "--engine", tiny_engine)
+    assert result.exit_code == 130
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,142 @@
+"""`trace-sdk gallery`: photos in, one static web page of what was found in them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from trace_sdk.atomic import write_whole
+from trace_sdk.cli.console import FAILED, output, progress, say_error
+from trace_sdk.cli.photos import find_photos
+from trace_sdk.errors import ArgumentError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trace_sdk.edge_map import EdgeMap
+
+
+@click.command("gallery", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option("-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the page; made if missing.")
+@click.option("--title", default="Instance edges", show_default=True, help="Heading of the page.")
+@click.option(
+    "--masks",
+    type=click.Path(path_type=Path),
+    help="COCO results or data set: also show its masks, and refined; PHOTO is then the one folder of its photos.",
+)
+@click.option("--annotations", type=click.Path(path_type=Path), help="COCO data set that names the images of --masks.")
+@click.option("--hatch", is_flag=True, help="Instances in stripes as well as colours.")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="From fine (0) to coarse (1).  [default: the engine's]")
+@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
+@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+def command(
+    photos: tuple[str, ...],
+    out: Path,
+    title: str,
+    masks: Path | None,
+    annotations: Path | None,
+    hatch: bool,
+    threshold: float | None,
+    engine: str | None,
+    device: str,
+    size: int | None,
+) -> None:
+    """Make a web page of photos, their edges, instances and refined masks.
+
+    OUT/index.html shows each photo with a slider between any two of: the photo, edges over it, edge probability,
+    instances, and with --masks the masks before and after refinement. It needs no server and loads nothing from
+    elsewhere; OUT/pictures holds its JPEGs.
+
+    \b
+    Examples:
+      trace-sdk gallery holiday/ -o page/
+      trace-sdk gallery val2017/ --masks cutler.json -o page/ --title "CutLER, refined"
+
+    \b
+    Exit code:
+      0    all photos are on the page
+      1    a photo, the engine or the output folder failed (see stderr)
+      2    wrong usage, or no photo found
+      130  interrupted; no page is written
+    """
+    jobs = find_photos(photos, out)
+
+    from trace_sdk.detector import EdgeDetector
+    from trace_sdk.gallery import Exhibit, write_page
+
+    shown = _predicted(masks, photos, annotations)
+    detector = EdgeDetector(engine, device=device, size=size)
+    exhibits = []
+    failed = 0
+    with progress("gallery", total=len(jobs)) as advance:
+        for job in jobs:
+            try:
+                edges = detector.run(job.photo)
+                pictures = _pictures(edges, threshold, hatch)
+                if masks is not None:
+                    pictures += _mask_pictures(edges, shown.get(job.photo.resolve()), masks, threshold)
+            except InputError as error:
+                failed += 1
+                say_error(error)
+                advance(note=job.photo.name)
+                continue
+            files = []
+            for caption, picture in pictures:
+                name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
+                with write_whole(out / name) as file:
+                    picture.convert("RGB").save(file, "JPEG", quality=88)
+                files.append((caption, quote(name.as_posix())))
+            height, width = edges.probability.shape
+            note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
+            exhibits.append(Exhibit(job.relative.as_posix(), width, height, tuple(files), note))
+            advance(note=job.photo.name)
+    write_page(out / "index.html", title, exhibits)
+    trouble = f", {failed} failed" if failed else ""
+    output.print(f"{len(exhibits)} photos → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
+    if failed:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _pictures(edges: EdgeMap, threshold: float | None, hatch: bool) -> list[tuple[str, Image]]:
+    """Caption and picture, the photo first."""
+    import numpy as np
+    import PIL.Image
+
+    grey = PIL.Image.fromarray(np.rint(edges.probability * 255).astype(np.uint8))
+    found = edges.instances(threshold)
+    return [
+        ("photo", PIL.Image.fromarray(edges.rgb)),
+        ("probability", grey),
+        ("edges", edges.overlay()),
+        ("instances", found.plot(hatch=hatch)),
+    ]
+
+
+def _predicted(masks: Path | None, photos: tuple[str, ...], annotations: Path | None) -> dict[Path, Any]:
+    """Images of a file of masks, by photo."""
+    if masks is None:
+        return {}
+    if len(photos) != 1 or not Path(photos[0]).is_dir():
+        raise ArgumentError("--masks needs one folder of photos as PHOTO.")
+    from trace_sdk.instances.predictions import read_predictions
+
+    found = read_predictions(masks, Path(photos[0]), annotations, say_error)
+    return {image.photo.resolve(): image for image in found.images}
+
+
+def _mask_pictures(edges: EdgeMap, image: Any, file: Path, threshold: float | None) -> list[tuple[str, Image]]:
+    import numpy as np
+
+    from trace_sdk.instances.predictions import decode_entries
+    from trace_sdk.instances.result import paint_masks
+
+    height, width = edges.probability.shape
+    decoded = decode_entries(image, height, width, file, say_error) if image is not None else []
+    own = np.array([mask for _, mask in decoded], np.bool_).reshape(-1, height, width)
+    refined = edges.refine(own, [entry.get("score", 1.0) for entry, _ in decoded], threshold=threshold)
+    return [("masks", paint_masks(edges.rgb, own)), ("refined masks", paint_masks(edges.rgb, refined.masks))]
