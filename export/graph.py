@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.model import Student
 
 
@@ -17,19 +18,20 @@ class EngineGraph(nn.Module):
     in fp16 loses nothing more.
     """
 
-    def __init__(self, student: Student, *, half_weights: bool) -> None:
+    def __init__(self, student: AnyStudent, *, half_weights: bool) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).eval().requires_grad_(False)
         if half_weights:
             for value in self.student.parameters():
                 value.copy_(value.half().float())
-        fold_timestep_zero(self.student)
+        if isinstance(self.student, Student):
+            fold_timestep_zero(self.student)
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
-        features, _ = self.student.features(pixels, share_softmax=True)
-        probability: Tensor = self.student.decoder(features, pixels).sigmoid()
-        return probability
+        if isinstance(self.student, Student):
+            return self.student.logits(pixels, share_softmax=True).sigmoid()
+        return self.student.logits(pixels).sigmoid()
 
 
 class _Constant(nn.Module):

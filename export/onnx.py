@@ -30,11 +30,11 @@ from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.report import ExportReport
-from trace_sdk.export.verify import PARITY_LIMIT_INT8, SHAPES, answers, measure_change, open_session, verify
+from trace_sdk.export.verify import PARITY_LIMIT_INT8, answers, measure_change, open_session, shapes_tried, verify
 from trace_sdk.images import read_image
 from trace_sdk.machine import commit
 from trace_sdk.network_input import fit, padded_length
-from trace_sdk.student.model import Student
+from trace_sdk.student.folder import AnyStudent
 
 OPSET = 18
 PRECISIONS = ("fp16", "fp32", "int8")
@@ -43,7 +43,7 @@ CALIBRATION_PHOTOS = 64
 
 
 def export_onnx(
-    student: Student,
+    student: AnyStudent,
     out: Path,
     *,
     name: str,
@@ -94,7 +94,7 @@ def export_onnx(
             f"The weights take {weights / 1e9:.1f} GB as float32; one ONNX file holds 2 GB, and an engine is one file "
             "so that its sha256 covers all of it. Distil into a smaller backbone."
         )
-    padded = partial(padded_length, multiple_of=student.backbone.multiple_of, min_size=student.backbone.min_size)
+    padded = partial(padded_length, multiple_of=student.multiple_of, min_size=student.min_size)
     fitted = [
         fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in _spread(photos, CALIBRATION_PHOTOS)
     ]
@@ -116,7 +116,9 @@ def export_onnx(
     stored = model.SerializeToString()
     if precision == "int8":
         note("checking 8 bits against PyTorch")
-        parity = verify(stored, graph, _cuts(fitted), statistic=np.mean, limit=PARITY_LIMIT_INT8)
+        parity = verify(
+            stored, graph, _cuts(fitted, graph.student.multiple_of), statistic=np.mean, limit=PARITY_LIMIT_INT8
+        )
     elif precision == "fp16":
         verify(stored, graph)
         pictures, change_on = _blobs(padded(min(default_size, 256))), "random blobs"
@@ -128,11 +130,11 @@ def export_onnx(
     manifest = Manifest(
         name=name,
         trace_sdk_version=__version__,
-        backbone=student.backbone.family,
-        backbone_sha256=_weights_sha256(student),
-        decoder="stem-unet",
-        multiple_of=student.backbone.multiple_of,
-        min_size=student.backbone.min_size,
+        backbone=student.family,
+        backbone_sha256=student.weights_sha256(),
+        decoder=student.decoder_name,
+        multiple_of=student.multiple_of,
+        min_size=student.min_size,
         max_size=max_size,
         default_size=default_size,
         threshold=student.threshold,
@@ -182,10 +184,10 @@ def _spread(photos: Sequence[Path], most: int) -> list[Path]:
     return [photos[number * len(photos) // count] for number in range(count)]
 
 
-def _cuts(photos: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """Batches of SHAPES from photos [1, H, W, 3], scaled until they cover the shape, and cut."""
+def _cuts(photos: Sequence[NDArray[np.uint8]], step: int) -> list[NDArray[np.uint8]]:
+    """Batches of `shapes_tried` from photos [1, H, W, 3], scaled until they cover the shape, and cut."""
     cuts = []
-    for batch, height, width in SHAPES:
+    for batch, height, width in shapes_tried(step):
         pictures = [PIL.Image.fromarray(photos[number % len(photos)][0]) for number in range(batch)]
         cuts.append(np.stack([np.asarray(PIL.ImageOps.fit(picture, (width, height))) for picture in pictures]))
     return cuts
@@ -211,8 +213,10 @@ def _milliseconds(models: Sequence[bytes], side: int) -> list[float]:
 
 def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
     # A batch of 2: with 1 the exporter bakes the batch in without a word.
-    example = torch.zeros(2, 96, 128, 3, dtype=torch.uint8)
-    shapes = {"image": {0: Dim("batch"), 1: 8 * Dim("rows", min=8), 2: 8 * Dim("columns", min=8)}}
+    step = graph.student.multiple_of
+    least = graph.student.min_size // step
+    example = torch.zeros(2, 12 * step, 16 * step, 3, dtype=torch.uint8)
+    shapes = {"image": {0: Dim("batch"), 1: step * Dim("rows", min=least), 2: step * Dim("columns", min=least)}}
     for chatty in ("torch.onnx", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -234,12 +238,3 @@ def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
         del part.metadata_props[:]  # stack traces of the machine that exported, as large as a small engine
         part.doc_string = ""
     return model
-
-
-def _weights_sha256(student: Student) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for _, value in sorted(student.backbone.transformer.state_dict().items()):
-        digest.update(value.detach().half().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -16,7 +15,6 @@ import pytest
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
-from trace_sdk.engines import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -25,12 +23,6 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "recipes/trace-small/CREDITS.md",
 ]
-COME_WITH_THE_ENGINE = {
-    ROOT / "docs/pictures/edges.jpg",
-    ROOT / "docs/pictures/overlay.jpg",
-    ROOT / "docs/pictures/readme.jpg",
-    ROOT / f"trace_sdk/engines/bundled/{DEFAULT}.md",
-}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^|\n\n)((?:    [^\n]*\n)+)")
 COMMAND = re.compile(r"(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?(trace-sdk\s.*)")
@@ -76,10 +68,6 @@ def check_command(line: str) -> None:
 @each_page
 def test_links_and_pictures_exist(page: Path) -> None:
     missing = {file for link in links(read(page)) if not (file := (page.parent / link).resolve()).exists()}
-    bundled = (files("trace_sdk.engines.bundled") / f"{DEFAULT}.onnx").is_file()
-    if missing and missing <= COME_WITH_THE_ENGINE and not bundled:
-        names = ", ".join(sorted(file.name for file in missing))
-        pytest.skip(f"{names} come with the bundled engine, which does not exist yet")
     assert not missing
 
 

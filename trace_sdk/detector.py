@@ -59,8 +59,8 @@ class EdgeDetector:
         """Open an engine.
 
         Args:
-            engine: path of an `.onnx` or `.engine` file, a student folder (runs in torch), a bundled name, or None for
-                "trace-small".
+            engine: path of an `.onnx` or `.engine` file, a student folder (runs in torch), a bundled name, or None:
+                "trace-nano" on a CPU, "trace-small" on a GPU; `.info` says why.
             device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
             size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
                 Above the engine's `max_size` the picture is cut into overlapping tiles.
@@ -104,9 +104,12 @@ class EdgeDetector:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Engine, engine_sha256, device, device_reason, provider, threads, precision, size, buckets, threshold."""
+        """Engine, engine_reason, engine_sha256, device, device_reason, provider, threads, precision, size, buckets,
+        threshold.
+        """
         return {
             "engine": self._manifest.name,
+            "engine_reason": self._engine.engine_reason,
             "engine_sha256": self._engine.sha256,
             "device": self._engine.device,
             "device_reason": self._engine.device_reason,

@@ -21,6 +21,7 @@ _VERBS = {
     "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
     "distill": "Train the one-step student on a backbone and the teacher's labels.",
+    "distill-nano": "Train a small convolutional student, for CPUs, on the same labels.",
     "export": "Turn a student into one engine file and check its answers against torch.",
     "benchmark": "Measure latency, throughput and memory of engines on this machine.",
     "deploy": "Write the folder that an inference server loads (Triton).",
@@ -36,7 +37,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        command = import_module(f"trace_sdk.cli.{cmd_name}").command
+        command = import_module(f"trace_sdk.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -42,7 +42,7 @@ def command(
     rounds: int,
     batches: tuple[int, ...],
 ) -> None:
-    """Measure ENGINE..., files or bundled names (by default trace-small), on every device found here.
+    """Measure ENGINE..., files or bundled names (by default all of them), on every device found here.
 
     Latency from the photo's bytes to edges of its size (p50, p90, p99, and the stages), cold start in fresh
     processes, throughput by batch size and peak memory; Canny beside it. All of it is done in several rounds, and
@@ -58,13 +58,13 @@ def command(
     """
     from trace_sdk.benchmarking.measure import BATCHES, benchmark, steps
     from trace_sdk.benchmarking.report import need_matplotlib
-    from trace_sdk.engines import DEFAULT
+    from trace_sdk.engines import BUNDLED
 
     if plot and not out:
         raise click.UsageError("--plot needs a folder: -o DIR")
     if plot:
         need_matplotlib()
-    engines = engines or (DEFAULT,)
+    engines = engines or BUNDLED
     with progress("benchmark", total=steps(len(engines), rounds)) as advance:
         report = benchmark(
             engines,

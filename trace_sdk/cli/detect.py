@@ -40,7 +40,10 @@ _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
     show_default=True,
     help="png: 8-bit grey, white is edge. npy, tif: float32 in [0, 1].",
 )
-@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option(
+    "--engine",
+    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
 @click.option(
     "--size",

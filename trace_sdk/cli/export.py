@@ -117,11 +117,11 @@ def command(
         raise click.UsageError("--runtime builds an .onnx engine further: export the student to one first.")
     from trace_sdk.export.onnx import export_onnx
     from trace_sdk.pretraining.training_images import list_photos
-    from trace_sdk.student.model import Student
+    from trace_sdk.student.folder import open_student
 
     with status("export") as note:
         report = export_onnx(
-            Student.load(source),
+            open_student(source),
             out,
             name=name or out.stem,
             precision=precision,

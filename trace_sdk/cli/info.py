@@ -19,8 +19,9 @@ from trace_sdk.cli.console import output
 def command(engine: str | None, device: str, as_json: bool) -> None:
     """Show what ENGINE says about itself, after checking that the file is whole.
 
-    ENGINE is an .onnx file, a TensorRT .engine file, or the name of a bundled engine; by default trace-small. Of a
-    TensorRT file it tells what it was built for, without the GPU.
+    ENGINE is an .onnx file, a TensorRT .engine file, or the name of a bundled engine. Of a TensorRT file it tells
+    what it was built for, without the GPU. Without ENGINE it is the one that the device gets where none is named:
+    trace-nano on a CPU, trace-small on a GPU.
 
     \b
     Examples:
@@ -30,10 +31,10 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
     \b
     Exit code: 0 fine, 1 the engine is missing, corrupt or foreign, 2 wrong usage
     """
-    from trace_sdk.engines import open_engine, read_engine
+    from trace_sdk.engines import default_engine, open_engine, read_engine
     from trace_sdk.engines.plan import MAGIC, unpack
 
-    model, source = read_engine(engine)
+    model, source = read_engine(engine or default_engine(device)[0])
     facts: dict[str, Any] = {"file": source, "bytes": len(model)}
     if model.startswith(MAGIC):
         manifest, built, _, facts["sha256"] = unpack(model, source)
@@ -41,7 +42,7 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
     else:
         opened = open_engine(engine, device)
         manifest = opened.manifest
-        for name in ("sha256", "device", "device_reason", "provider"):
+        for name in ("sha256", "engine_reason", "device", "device_reason", "provider"):
             facts[name] = getattr(opened, name)
     facts |= asdict(manifest)
     if as_json:

@@ -32,7 +32,10 @@ from trace_sdk.errors import InputError
     type=click.IntRange(min=0),
     help="Smaller regions, in pixels, join a neighbour.  [default: 3 in 10,000 of the picture]",
 )
-@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option(
+    "--engine",
+    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
 @click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
 def command(

@@ -17,8 +17,8 @@ from trace_sdk.engines.plan import MAGIC
 from trace_sdk.engines.tensorrt import PACKAGES
 from trace_sdk.errors import ArgumentError, EngineError
 
-BUNDLED = ("trace-small",)
-DEFAULT = "trace-small"
+ON_CPU, ON_GPU = "trace-nano", "trace-small"  # what is opened where no engine is named
+BUNDLED = (ON_CPU, ON_GPU)
 RUNTIMES = ("onnxruntime", "onnxruntime-tensorrt", *PACKAGES, "torch", "torch.compile")
 
 
@@ -28,6 +28,7 @@ class Engine(Protocol):
     Attributes:
         manifest: what the engine says about itself.
         sha256: of the engine file, hexadecimal.
+        engine_reason: why this engine was taken.
         device: where it runs, "cpu" or "cuda:0".
         device_reason: why it runs there.
         provider: the runtime's own name for that.
@@ -36,6 +37,7 @@ class Engine(Protocol):
 
     manifest: Manifest
     sha256: str
+    engine_reason: str
     device: str
     device_reason: str
     provider: str
@@ -62,7 +64,7 @@ def open_engine(
     """Open an engine file, or one that comes with the package, on a device.
 
     Args:
-        engine: path of an `.onnx` file, a bundled name, or None for "trace-small".
+        engine: path of an `.onnx` file, a bundled name, or None: "trace-nano" on a CPU, "trace-small" on a GPU.
         device: "cpu", "cuda", "cuda:N" or "auto" (CUDA where it works, else CPU).
         threads: CPU threads that work on one picture; None: the cores that this process may use.
         runtime: "auto" by what the file is, or one of RUNTIMES.
@@ -75,8 +77,10 @@ def open_engine(
     """
     if runtime not in ("auto", *RUNTIMES):
         raise ArgumentError(f"runtime={runtime!r} is not one of auto, {', '.join(RUNTIMES)}.")
-    folder = Path(engine) if engine is not None else None
-    if folder is not None and (folder / "student.json").is_file():
+    if engine is None:
+        return _open_default(device, threads, runtime)
+    folder = Path(engine)
+    if (folder / "student.json").is_file():
         if runtime not in ("auto", "torch", "torch.compile"):
             raise ArgumentError(
                 f"{folder} is a student, which {runtime} cannot run. Export it, or use runtime='torch'."
@@ -107,13 +111,37 @@ def open_engine(
     return opened
 
 
-def read_engine(engine: str | os.PathLike[str] | None = None) -> tuple[bytes, str]:
+def default_engine(device: str) -> tuple[str, str]:
+    """The bundled engine that suits a device, and why.
+
+    With "auto" a GPU counts as there when onnxruntime was built for one; `open_engine` then tries it.
+    """
+    import onnxruntime
+
+    if device == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ON_CPU, "none was named, and this onnxruntime has no CUDA: the engine for CPUs"
+    if device == "cpu":
+        return ON_CPU, "none was named: the engine for CPUs"
+    return ON_GPU, "none was named: the engine for GPUs"
+
+
+def _open_default(device: str, threads: int | None, runtime: str) -> Engine:
+    name, reason = default_engine(device)
+    opened = open_engine(name, device, threads, runtime)
+    if name == ON_GPU and opened.device == "cpu":
+        opened = open_engine(ON_CPU, device, threads, runtime)
+        reason = "none was named, and CUDA did not start: the engine for CPUs"
+    opened.engine_reason = reason
+    return opened
+
+
+def read_engine(engine: str | os.PathLike[str]) -> tuple[bytes, str]:
     """The bytes of an engine file, not verified yet, and the name to call it by in messages.
 
     Raises:
         EngineError: missing, unreadable, a pickle, or a student that is not exported yet.
     """
-    name = os.fspath(engine) if engine is not None else DEFAULT
+    name = os.fspath(engine)
     if name in BUNDLED:
         return _read_bundled(name), name
     path = Path(name)

@@ -34,6 +34,8 @@ class OnnxEngine:
     bit for bit the one that the image gets alone.
     """
 
+    engine_reason = "asked for"
+
     def __init__(
         self, model: bytes, source: str, device: str = "auto", threads: int | None = None, *, tensorrt: bool = False
     ) -> None:

@@ -72,6 +72,8 @@ def check_built(built: Built, version: str, gpu: str, source: str) -> None:
 class TensorRTEngine:
     """One plan on one GPU. Safe to call from many threads: answers are made one after another."""
 
+    engine_reason = "asked for"
+
     def __init__(self, data: bytes, source: str, device: str = "auto", *, reason: str = "asked for") -> None:
         """Args: `data` an engine file's bytes, `source` its name for messages, `device` "auto", "cuda" or "cuda:N"."""
         if device == "cpu":

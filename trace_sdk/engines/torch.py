@@ -27,6 +27,8 @@ class TorchEngine:
     On a CPU the images of a batch run one by one, so that each gets the answer that it gets alone.
     """
 
+    engine_reason = "asked for"
+
     def __init__(self, folder: Path, device: str = "auto", threads: int | None = None, *, compiled: bool) -> None:
         """Args: `folder` of a student, the rest as in `open_engine`; `compiled` with torch.compile.
 
@@ -41,9 +43,9 @@ class TorchEngine:
 
         from trace_sdk.backbones.device import torch_device
         from trace_sdk.export.graph import EngineGraph
-        from trace_sdk.student.model import Student
+        from trace_sdk.student.folder import open_student
 
-        student = Student.load(folder)
+        student = open_student(folder)
         there = torch.cuda.is_available()
         target = torch_device(("cuda" if there else "cpu") if device == "auto" else device)
         self.device = "cpu" if target.type == "cpu" else f"cuda:{target.index or 0}"
@@ -65,11 +67,11 @@ class TorchEngine:
         self.manifest = Manifest(
             name=folder.resolve().name,
             trace_sdk_version=__version__,
-            backbone=student.backbone.family,
+            backbone=student.family,
             backbone_sha256=hashlib.sha256((weights[0]).read_bytes()).hexdigest(),
-            decoder="stem-unet",
-            multiple_of=student.backbone.multiple_of,
-            min_size=student.backbone.min_size,
+            decoder=student.decoder_name,
+            multiple_of=student.multiple_of,
+            min_size=student.min_size,
             max_size=MAX_SIZE,
             default_size=DEFAULT_SIZE,
             threshold=student.threshold,

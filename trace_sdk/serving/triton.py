@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.detector import EdgeDetector
-from trace_sdk.engines import read_engine
+from trace_sdk.engines import ON_GPU, read_engine
 from trace_sdk.engines.manifest import ANY_SIZE
 from trace_sdk.errors import ArgumentError, OutputError
 
@@ -53,6 +53,7 @@ def write_repository(
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
     if buckets is not None and output != "float32":
         raise ArgumentError(f"output={output!r} is for photos of any size; leave buckets out.")
+    engine = engine or ON_GPU
     detector = EdgeDetector(engine, device="cpu", buckets=buckets)
     model, source = read_engine(engine)
     name = str(detector.info["engine"])

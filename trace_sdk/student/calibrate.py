@@ -7,13 +7,16 @@ from torch import Tensor
 
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
 from trace_sdk.teacher.pseudo_labels import EDGE
 
 STEPS = 99
 
 
 @torch.inference_mode()
-def calibrate_threshold(student: Student, images: LabelledImages, size: int, crops: int = 48) -> tuple[float, float]:
+def calibrate_threshold(
+    student: Student | NanoStudent, images: LabelledImages, size: int, crops: int = 48
+) -> tuple[float, float]:
     """The probability k/100 with the best F-measure against the snapped edge labels, and that F-measure.
 
     Over crops of side `size`, the same ones each time.
@@ -24,8 +27,7 @@ def calibrate_threshold(student: Student, images: LabelledImages, size: int, cro
     probabilities, truths = [], []
     for step in range(crops // 4):
         batch, labels, _ = images.batch(step + (1 << 30), 4, size)  # steps that training never reaches
-        logits, _ = student(batch.to(device))
-        probabilities.append(logits.cpu().sigmoid().flatten())
+        probabilities.append(student.logits(batch.to(device)).cpu().sigmoid().flatten())
         truths.append((labels == EDGE).flatten())
     return best_threshold(torch.cat(probabilities), torch.cat(truths))
 

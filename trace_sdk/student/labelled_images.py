@@ -77,7 +77,8 @@ class LabelledImages:
         """
         rng = np.random.default_rng([self._seed, step])
         drawn = [self._draw(rng) for _ in range(count)]
-        crops = [_cut(*drawn[index], size) for index in (range(count) if chosen is None else chosen)]
+        cuts = [cut(*drawn[index], size) for index in (range(count) if chosen is None else chosen)]
+        crops = [(image, *snap(image, label, scores)) for image, label, scores in cuts]
         images, labels, graded = zip(*crops, strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(graded))
@@ -85,13 +86,13 @@ class LabelledImages:
     def _draw(self, rng: np.random.Generator) -> tuple[NamedImage, Path, tuple[int, int, int], bool]:
         """An image, its label file, a square (left, top, side) in it, and whether to mirror it."""
         image, file = self.pairs[rng.integers(len(self.pairs))]
-        width, height = self._size(image)
+        width, height = self.size(image)
         short = min(width, height)
         side = min(short, round(short * rng.uniform(0.5, 1.0)))
         left, top = int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))
         return image, file, (left, top, side), bool(rng.random() < 0.5)
 
-    def _size(self, image: NamedImage) -> tuple[int, int]:
+    def size(self, image: NamedImage) -> tuple[int, int]:
         """(width, height) as the teacher saw it, from the file's head alone; remembered."""
         if image.name not in self._sizes:
             self._sizes[image.name] = upright_size(image.read(), image.name)
@@ -103,9 +104,10 @@ def _place(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
-def _cut(
+def cut(
     named: NamedImage, file: Path, square: tuple[int, int, int], mirrored: bool, size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
+    """A square (left, top, side) of an image, its ternary labels and its standard scores, all [size, size]."""
     # As the teacher saw it: upright by EXIF, alpha on white.
     photo, label = Image.fromarray(read_image(named.read(), named.name).rgb), load_label(file)
     left, top, side = square
@@ -113,13 +115,12 @@ def _cut(
     across, down = label.labels.shape[1] / photo.width, label.labels.shape[0] / photo.height
     tokens = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
-    def cut(picture: Image.Image, window: tuple[float, float, float, float], how: Image.Resampling) -> Any:
+    def scaled(picture: Image.Image, window: tuple[float, float, float, float], how: Image.Resampling) -> Any:
         return np.asarray(picture.resize((size, size), how, box=window))
 
-    image = cut(photo, box, Image.Resampling.BICUBIC)
+    image = scaled(photo, box, Image.Resampling.BICUBIC)
     shifted = Image.fromarray((label.labels - UNCERTAIN).astype(np.uint8))
-    labels = cut(shifted, tokens, Image.Resampling.NEAREST).astype(np.int8) + UNCERTAIN
-    scores = cut(Image.fromarray(standard_scores(label.abdiv)), tokens, Image.Resampling.BILINEAR)
-    labels, graded = snap(image, labels.astype(np.int8), scores)
+    labels = scaled(shifted, tokens, Image.Resampling.NEAREST).astype(np.int8) + UNCERTAIN
+    scores = scaled(Image.fromarray(standard_scores(label.abdiv)), tokens, Image.Resampling.BILINEAR)
     mirror = slice(None, None, -1 if mirrored else 1)
-    return image[:, mirror].copy(), labels[:, mirror].copy(), graded[:, mirror].copy()
+    return image[:, mirror].copy(), labels.astype(np.int8)[:, mirror].copy(), scores[:, mirror].copy()

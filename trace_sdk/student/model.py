@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,15 +42,45 @@ class Student(nn.Module):
         threshold: probability above which a pixel counts as edge, calibrated by `distill`.
     """
 
+    decoder_name = "stem-unet"
+
     def __init__(self, backbone: PixelBackbone, decoder: EdgeDecoder | None = None, threshold: float = 0.5) -> None:
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder or EdgeDecoder(2 * backbone.heads * backbone.self_attention_blocks)
         self.threshold = threshold
 
+    @property
+    def family(self) -> str:
+        """Of the backbone."""
+        return self.backbone.family
+
+    @property
+    def multiple_of(self) -> int:
+        """Sides of the images are multiples of it, pixels."""
+        return self.backbone.multiple_of
+
+    @property
+    def min_size(self) -> int:
+        """Shortest side, pixels."""
+        return self.backbone.min_size
+
+    def weights_sha256(self) -> str:
+        """sha256 over the backbone's weights as fp16, for engine metadata."""
+        digest = hashlib.sha256()
+        for _, value in sorted(self.backbone.transformer.state_dict().items()):
+            digest.update(value.detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, reconstruction = self.features(images)
         return self.decoder(features, images), reconstruction
+
+    def logits(self, images: Tensor, *, share_softmax: bool = False) -> Tensor:
+        """The edge logits alone, [B, H, W]."""
+        features, _ = self.features(images, share_softmax=share_softmax)
+        logits: Tensor = self.decoder(features, images)
+        return logits
 
     def features(self, images: Tensor, *, share_softmax: bool = False) -> tuple[Tensor, Tensor]:
         """Divergence features [B, 2·heads·blocks, H/8, W/8] of the pass at t = 0, and Î; see `SelfAttentionTap`."""
