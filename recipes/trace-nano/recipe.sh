@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes the engine trace-nano, one command a stage; each goes on where it was cut, so run it again after a stop.
+#
+#   recipes/trace-nano/recipe.sh WORK
+#
+# WORK holds photos/, train/ and held-out/, as for trace-small (see recipes/trace-small/README.md). The teacher is the
+# backbone of trace-small. About an hour and a half for the labels and half an hour for the student on two CPU cores.
+set -euo pipefail
+work=$1
+here=$(cd "$(dirname "$0")" && pwd)
+small=$here/../trace-small
+
+mkdir -p "$work/nano/images/photos"
+while read -r name; do cp -n "$work/photos/$name" "$work/nano/images/photos/"; done <"$here/PHOTOS.txt"
+python "$small/compose_scenes.py" "$work/train" "$work/nano/images/scenes" --count 600 --seed 11
+
+for part in scenes:448 photos:800; do
+  trace-sdk label "$work/nano/images/${part%:*}" --backbone "$small/weights/backbone" -o "$work/nano/labels/${part%:*}" \
+    --size "${part#*:}" --tile 256 --form log-per-head -t 0.2 --block 2 --block 3 --block 4 --block 5 --block 6 \
+    --precision bf16
+done
+
+trace-sdk distill-nano "$work/nano/images" --labels "$work/nano/labels" --steps 1900 -o "$work/nano/student"
+trace-sdk export "$work/nano/student" -o "$work/trace-nano.onnx" --name trace-nano --default-size 512
+
+python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
+trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"
