@@ -11,6 +11,7 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.errors import InputError
 
@@ -33,14 +34,7 @@ from trace_sdk.errors import InputError
     show_default=True,
     help="png: 8-bit grey, white is edge. npy, tif: float32 in [0, 1].",
 )
-@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option(
-    "--size",
-    type=click.IntRange(16, 8192),
-    help="Longest side that the network sees, in pixels. Larger finds smaller things and takes longer.  "
-    "[default: the engine's own]",
-)
+@engine_options
 @click.option(
     "--buckets",
     metavar="N,N,...",

@@ -11,6 +11,7 @@ import click
 
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import read_photo
 from trace_sdk.errors import DatasetError, InputError
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
     help="How strong an edge must be to separate, on average.  [default: the engine's own]",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out entries and photos that cannot be used, list them, go on.")
-@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     masks: Path,
     images: Path,
