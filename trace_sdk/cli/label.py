@@ -90,7 +90,7 @@ from trace_sdk.cli.options import torch_device_option
     "--batch",
     default=1,
     show_default=True,
-    help="Images of one shape that go through the model together; on a GPU larger is faster, up to its memory.",
+    help="Images of one shape that go through the model together.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
 @click.option(
