@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,27 @@ def test_every_image_has_its_state_and_labels_are_those_of_one_image(
         assert label.about["emergence"]["t_star"] == alone.emergence.t_star
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TeacherSettings(size=96, tile=64, stride=300),
+        TeacherSettings(size=96, timesteps=(0.1, 0.4), mirror=True),
+        TeacherSettings(size=96, tile=64, form="per-head", mirror=True, stride=300),
+    ],
+)
+def test_a_batch_answers_as_each_of_its_images(tiny_backbone: PixelBackbone, settings: TeacherSettings) -> None:
+    """Windows, mirrors and each image's own t* are put back to the image they belong to."""
+    teacher = Teacher(tiny_backbone, settings)
+    rng = np.random.default_rng(1)
+    prepared = [teacher.prepare(rng.integers(0, 255, (64, 96, 3), np.uint8)) for _ in range(3)]
+    together = teacher.annotate_batch(prepared)
+    for image, found in zip(prepared, together, strict=True):
+        (alone,) = teacher.annotate_batch([image])
+        np.testing.assert_allclose(found.abdiv, alone.abdiv, rtol=1e-3, atol=1e-5)
+        assert found.timesteps == alone.timesteps and (found.emergence is None) == (alone.emergence is None)
+    assert np.abs(together[0].abdiv - together[1].abdiv).max() > 0.01, "it would not see images mixed up"
+
+
 @pytest.mark.parametrize("images_done", [1, 2, 9])
 def test_a_cut_run_ends_with_the_same_bytes(
     tiny_backbone: PixelBackbone, many: Path, whole: Path, tmp_path: Path, images_done: int
@@ -331,6 +353,7 @@ def test_kill_9_loses_a_batch_and_no_byte(tiny_backbone: PixelBackbone, many: Pa
     survivor = CliRunner().invoke(main, [str(a) for a in (*arguments, "-o", out)])
     assert survivor.exit_code == 1, survivor.output  # p03b.png is no picture
     assert f"{21 - len(kept)} labelled" in survivor.output and "1 failed" in survivor.output
+    assert re.search(r"label: 22/22 [\d.]+ images/s", survivor.output)
     assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in kept.items())
     assert CliRunner().invoke(main, [str(a) for a in (*arguments, "-o", expected)]).exit_code == 1
     assert contents(out) == contents(expected)

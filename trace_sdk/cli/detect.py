@@ -12,6 +12,7 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
@@ -40,17 +41,7 @@ _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
     show_default=True,
     help="png: 8-bit grey, white is edge. npy, tif: float32 in [0, 1].",
 )
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option(
-    "--size",
-    type=click.IntRange(16, 8192),
-    help="Longest side that the network sees, in pixels. Larger finds smaller things and takes longer.  "
-    "[default: the engine's own]",
-)
+@engine_options
 @click.option(
     "--buckets",
     metavar="N,N,...",

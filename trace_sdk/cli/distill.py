@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.options import crop_options, torch_device_option
 
 
 @click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
 @click.option(
     "--backbone",
@@ -33,15 +35,7 @@ from trace_sdk.cli.console import output, progress
     help="Share of the steps that train the decoder alone, before LoRA joins.",
 )
 @click.option("--lora-rank", default=64, show_default=True, help="0 leaves the backbone as it is.")
-@click.option("--tokens", default=16 * 1024, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop).")
-@click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    default=(192, 256, 320),
-    show_default=True,
-    help="Crop side in px; give several to mix.",
-)
+@crop_options(tokens=16 * 1024, sizes=(192, 256, 320))
 @click.option(
     "--batches",
     default=0,
@@ -49,11 +43,29 @@ from trace_sdk.cli.console import output, progress
     help="Keep this many batches and their features in memory and take them in turn: several times faster on a CPU. "
     "0 makes new crops for every step.",
 )
+@click.option(
+    "--hold-out",
+    default=0.0,
+    show_default=True,
+    help="Share of the images to score on rather than learn from; the student is then that of the best score.",
+)
+@click.option("--validate-every", default=100, show_default=True, help="Steps between two scores.")
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="Of the backbone's arithmetic.",
+)
+@click.option(
+    "--accumulate", default=1, show_default=True, help="Parts a step's batch goes through the model in: less memory."
+)
+@click.option("--checkpointing", is_flag=True, help="Compute activations again rather than keep them: less memory.")
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Of the decoder; LoRA takes a tenth.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@torch_device_option
 def command(
-    photos: Path,
+    images: tuple[str, ...],
     labels: Path,
     backbone: Path,
     out: Path,
@@ -63,18 +75,26 @@ def command(
     tokens: int,
     sizes: tuple[int, ...],
     batches: int,
+    hold_out: float,
+    validate_every: int,
+    precision: str,
+    accumulate: int,
+    checkpointing: bool,
     learning_rate: float,
     seed: int,
     device: str,
 ) -> None:
     """Distil the teacher into backbone + LoRA + decoder that answers in one pass at t = 0.
 
-    Learns from the photos below PHOTOS that have a label below --labels. The loss is Dice on certain pixels plus
-    the backbone's reconstruction of the photo, which keeps LoRA from drifting. The state is saved every two minutes
-    and on Ctrl-C: run the same command again to go on.
+    Learns from those of IMAGES (as `trace-sdk label` takes them) that have a label below --labels. The loss is Dice on
+    certain pixels plus the backbone's reconstruction of the photo, which keeps LoRA from drifting. The state is saved
+    every two minutes and on Ctrl-C: run the same command again to go on. OUT also gets curves.csv and curves.png, and
+    with --hold-out pictures of what the student answers in validation/.
 
     \b
-      trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student
+      trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student --hold-out 0.05
+    On two GPUs, each with its part of every batch; the curve is that of one:
+      accelerate launch --num_processes 2 $(which trace-sdk) distill photos/ … --device cuda
     Next:
       trace-sdk export runs/student -o mine.onnx
     """
@@ -82,6 +102,7 @@ def command(
     from trace_sdk.backbones.pixel import PixelBackbone
     from trace_sdk.student.distill import DistillSettings, distill
     from trace_sdk.student.labelled_images import LabelledImages
+    from trace_sdk.training.processes import join_processes, process_index
     from trace_sdk.training.state import steps_done
 
     settings = DistillSettings(
@@ -91,18 +112,30 @@ def command(
         tokens=tokens,
         sizes=sizes,
         batches=batches,
+        precision=precision,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        validate_every=validate_every,
         learning_rate=learning_rate,
         lora_learning_rate=learning_rate / 10,
         seed=seed,
     )
-    images = LabelledImages(photos, labels, seed)
-    with progress("distill", total=steps, done=steps_done(out)) as advance:
+    found, held_out = LabelledImages(images, labels, seed), None
+    if hold_out:
+        found, held_out = found.split(hold_out)
+    own_device = join_processes(torch_device(device))
+    first = process_index() == 0
+    with progress("distill", total=steps, done=steps_done(out)) if first else nullcontext() as advance:
         distill(
             PixelBackbone.load(backbone),
-            images,
+            found,
             out,
             settings,
-            device=torch_device(device),
-            report=lambda step, losses: advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())),
+            held_out=held_out,
+            device=own_device,
+            report=lambda step, losses: (
+                advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())) if advance else None
+            ),
         )
-    output.print(f"Student written to {out}")
+    if first:
+        output.print(f"Student written to {out}")

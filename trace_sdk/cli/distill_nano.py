@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.options import torch_device_option
 
 
 @click.command("distill-nano", short_help="Train a small convolutional student, for CPUs, on the same labels.")
@@ -21,7 +22,7 @@ from trace_sdk.cli.console import output, progress
     "--held-out", default=0.05, show_default=True, help="Share of the images that only choose the edge threshold."
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@torch_device_option
 def command(
     photos: tuple[str, ...],
     labels: Path,

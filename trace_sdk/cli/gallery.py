@@ -10,6 +10,7 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.errors import ArgumentError, InputError
 
@@ -31,12 +32,7 @@ if TYPE_CHECKING:
 @click.option("--annotations", type=click.Path(path_type=Path), help="COCO data set that names the images of --masks.")
 @click.option("--hatch", is_flag=True, help="Instances in stripes as well as colours.")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="From fine (0) to coarse (1).  [default: the engine's]")
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     photos: tuple[str, ...],
     out: Path,

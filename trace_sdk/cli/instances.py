@@ -12,6 +12,7 @@ import click
 
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import find_photos, read_photo
 from trace_sdk.errors import InputError
@@ -32,12 +33,7 @@ from trace_sdk.errors import InputError
     type=click.IntRange(min=0),
     help="Smaller regions, in pixels, join a neighbour.  [default: 3 in 10,000 of the picture]",
 )
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     photos: tuple[str, ...],
     out: Path,

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.options import torch_device_option
 
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
@@ -89,7 +90,7 @@ from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
     "--batch",
     default=1,
     show_default=True,
-    help="Images of one shape that go through the model together; on a GPU larger is faster, up to its memory.",
+    help="Images of one shape that go through the model together.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
 @click.option(
@@ -98,7 +99,7 @@ from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
     is_flag=True,
     help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@torch_device_option
 def command(
     images: tuple[str, ...],
     backbone: Path,

@@ -12,6 +12,7 @@ import click
 
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo
 from trace_sdk.errors import DatasetError, InputError
@@ -37,12 +38,7 @@ _PHOTO_END = "_leftImg8bit"
 @click.option("--min-area", type=click.IntRange(min=0), help="Smaller things, in pixels, are void.")
 @click.option("--plot", is_flag=True, help="Also write the segments in colour over each photo, as a JPEG.")
 @click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used, list them, go on.")
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     semantic: Path,
     images: Path,

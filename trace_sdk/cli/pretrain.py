@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.options import crop_options, torch_device_option
 
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
@@ -28,21 +29,13 @@ from trace_sdk.cli.console import output, progress
 @click.option("--layers", default=12, show_default=True, help="Transformer blocks.")
 @click.option("--heads", default=6, show_default=True, help="Attention heads of width 64 in each block.")
 @click.option("--steps", default=4300, show_default=True, help="Optimizer steps in all; may be raised when going on.")
-@click.option("--tokens", default=256 * 1024, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop).")
-@click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    default=(256,),
-    show_default=True,
-    help="Crop side in px; give several to mix.",
-)
+@crop_options(tokens=256 * 1024, sizes=(256,))
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
 @click.option("--learning-rate", default=7e-4, show_default=True)
 @click.option("--warmup", default=300, show_default=True, help="Steps of linear warm-up.")
 @click.option("--ema", default=0.999, show_default=True, help="How long the averaged weights remember.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@torch_device_option
 def command(
     photos: tuple[Path, ...],
     out: Path,

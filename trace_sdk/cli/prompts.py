@@ -10,6 +10,7 @@ import click
 
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.errors import InputError
 
@@ -31,12 +32,7 @@ from trace_sdk.errors import InputError
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, help="Leave out instances below this score.")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="From fine (0) to coarse (1).  [default: the engine's]")
 @click.option("--min-area", type=click.IntRange(min=0), help="Smaller regions, in pixels, join a neighbour.")
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     photos: tuple[str, ...],
     out: Path,

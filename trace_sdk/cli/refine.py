@@ -17,6 +17,7 @@ import click
 
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import read_photo
 from trace_sdk.errors import ArgumentError, DatasetError, InputError
@@ -51,12 +52,7 @@ if TYPE_CHECKING:
     help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey) or .npy; needs --threshold.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that refine.")
-@click.option(
-    "--engine",
-    help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
-@click.option("--size", type=click.IntRange(16, 8192), help="Longest side that the network sees, in pixels.")
+@engine_options
 def command(
     masks: Path,
     images: Path,

@@ -82,8 +82,8 @@ class RayLabeller:
                 except TraceError as error:
                     record_failure(self._labels, name, str(error))
         for group in alike(ready, len(names)):
-            for image, annotation in zip(group, annotate(self._teacher, group), strict=True):
-                save_label(label_file(self._labels, image.name), annotation)
+            for done, annotation in zip(group, annotate(self._teacher, group), strict=True):
+                save_label(label_file(self._labels, done.name), annotation)
         return {
             "name": np.array(names),
             "state": np.array([state(self._labels, name) for name in names]),

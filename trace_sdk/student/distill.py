@@ -223,7 +223,7 @@ class _Trainer:
             loss = dice + self.settings.graded * graded
             if joint:
                 loss = loss + self.settings.reconstruction * rebuilt
-            (share * loss).backward()
+            (share * loss).backward()  # type: ignore[no-untyped-call]
             for name, term in zip(terms, (dice, graded, rebuilt), strict=True):
                 terms[name] += share * term.item()
         decay = min(1.0, 2 * (1 - self.step / self.settings.steps)) * min(1.0, (self.step + 1) / 50)

@@ -27,7 +27,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v"]
 
 
 def _checkpoint(block: Any, *inputs: Any) -> Any:
-    tap = _get_current_function_mode()
+    tap = _get_current_function_mode()  # type: ignore[no-untyped-call]
     return checkpoint(
         block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), tap if tap else nullcontext())
     )

@@ -59,7 +59,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     gradients = [value.grad for value in parameters if value.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / process_count()).split([g.numel() for g in gradients]), strict=True):
+    means = torch.split(flat / process_count(), [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 

@@ -1,0 +1,53 @@
+"""Options that several commands have: one spelling, one default and one help text for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def engine_options(command: Command) -> Command:
+    """`engine`, `device` and `size`, as EdgeDetector takes them."""
+    for option in (
+        click.option(
+            "--size",
+            type=click.IntRange(16, 8192),
+            help="Longest side that the network sees, in pixels. Larger finds smaller things and takes longer.  "
+            "[default: the engine's own]",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N)."),
+        click.option(
+            "--engine",
+            help="An .onnx engine, or the name of a bundled one.  [default: trace-nano on a CPU, trace-small on a GPU]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def torch_device_option(command: Command) -> Command:
+    """`device`, as `torch_device` takes it."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
+
+
+def crop_options(tokens: int, sizes: tuple[int, ...]) -> Callable[[Command], Command]:
+    """`tokens` and `sizes` of a training step, with their defaults."""
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--size",
+            "sizes",
+            multiple=True,
+            default=sizes,
+            show_default=True,
+            help="Crop side in px; give several to mix.",
+        )(command)
+        return click.option(
+            "--tokens", default=tokens, show_default=True, help="8×8 px tokens a step (1,024 in a 256 px crop)."
+        )(command)
+
+    return add
