@@ -354,18 +354,20 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
         regions: int32 [h, w]; cells of different regions have affinity 0.
     """
     height, width = edges.shape
+    # The power falls, so the path's largest edge is its least power.
+    passage = (1 - edges) ** BETA
     diagonals = {0: np.ones(edges.size, np.float32)}
     for down, right in _half_disc():
         if down >= height or abs(right) >= width:
             continue
         rows, columns = slice(0, height - down), slice(max(0, -right), width - max(0, right))
-        strongest = np.zeros((height - down, width - abs(right)), np.float32)
+        narrowest = np.ones((height - down, width - abs(right)), np.float32)
         for y, x in _path(down, right):
             left = columns.start + x
-            np.maximum(strongest, edges[y : y + height - down, left : left + width - abs(right)], out=strongest)
+            np.minimum(narrowest, passage[y : y + height - down, left : left + width - abs(right)], out=narrowest)
         together = regions[rows, columns] == regions[down:, columns.start + right : columns.stop + right]
         affinity = np.zeros((height, width), np.float32)
-        affinity[rows, columns] = np.where(together, (1 - strongest) ** BETA, np.float32(0))
+        affinity[rows, columns] = narrowest * together
         # scipy keeps a diagonal by columns: that of offset o holds a_ij at j = i + o.
         offset = down * width + right
         for signed, diagonal in ((offset, np.roll(affinity.ravel(), offset)), (-offset, affinity.ravel())):
