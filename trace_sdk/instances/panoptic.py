@@ -22,7 +22,7 @@ from scipy.ndimage import distance_transform_edt, find_objects, label
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.label_sets import LabelSet
-from trace_sdk.instances.propagation import split_masks
+from trace_sdk.instances.propagation import split_masks, without_holes
 
 FILL = 0.55  # opacity of the colours over the picture
 
@@ -133,7 +133,8 @@ def split_things(
                 continue
             mask = np.zeros(semantic.shape, np.bool_)
             mask[box] = part
-            fragments = split_masks(probability, hierarchy, of_piece, regions, mask[None])
+            whole = without_holes(mask[None])
+            fragments = split_masks(probability, hierarchy, of_piece, regions, mask[None], whole)
             instance_of = np.full(int(regions.max()) + 1, -1, np.int32)
             for fragment in fragments:
                 instance_of[fragment.region] = fragment.instance

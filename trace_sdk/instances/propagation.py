@@ -19,7 +19,8 @@
 2⁸ applications of T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead expanded in
 Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 42 products in place of 256, with an error
 below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so
-regions share vectors: there are as many as fragments in the region that has most.
+regions share vectors: there are as many as fragments in the region that has most. A region of more than LARGE cells
+walks on cells twice as long, a quarter of the steps: as far, at an eighth of the cost.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region
 INNER = 0.9  # strength of a line that splits a mask, to that of the mask's outline without its holes
 ALIKE = 0.4  # IoU of a new outline with its fragment
 MARGIN = 1.1  # strength of a new outline, to that of the old one
+LARGE = 1024  # cells from which a region walks on the coarser grid
 TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
@@ -114,9 +116,10 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
-    fragments = split_masks(probability, hierarchy, of_piece, regions, masks)
+    filled = without_holes(masks)
+    fragments = split_masks(probability, hierarchy, of_piece, regions, masks, filled)
     walk = _Walk(probability, regions)
-    parts = walk.spread(masks, fragments)
+    parts = walk.spread(masks, filled, fragments)
 
     found: dict[tuple[int, int], NDArray[np.bool_]] = {}
     for fragment, part in zip(fragments, parts, strict=True):
@@ -146,8 +149,9 @@ def split_masks(
     of_piece: NDArray[np.int32],
     regions: NDArray[np.int32],
     masks: NDArray[np.bool_],
+    filled: NDArray[np.bool_],
 ) -> list[Fragment]:
-    """Step 2: which regions of each mask count, and as which of its instances."""
+    """Step 2: which regions of each mask count, and as which of its instances; `filled` are the masks without holes."""
     count = int(of_piece.max()) + 1
     areas = np.bincount(regions.ravel(), minlength=count)
     ends = of_piece[hierarchy.borders]
@@ -164,7 +168,7 @@ def split_masks(
         inner = counting[ends].all(axis=1)
         borders = number[ends[inner]], lengths[inner], totals[inner]
         merges, heights = merge_weakest_first(len(chosen), *borders)
-        needed = INNER * outline_strength(_filled(mask[box]), probability[box])
+        needed = INNER * outline_strength(filled[index][box], probability[box])
         joined = components(merges[: np.searchsorted(heights, needed)], len(chosen))
         instances = join_specks(joined, held[chosen].astype(np.float64), SPLIT * held.sum(), *borders)
         fragments += [
@@ -173,29 +177,29 @@ def split_masks(
     return fragments
 
 
-class _Walk:
-    """The random walk of one picture: cells of a coarse grid, each in the region of its centre."""
+class _Grid:
+    """The random walk on cells of `step` × `step` pixels, each in the region of its centre."""
 
-    def __init__(self, probability: NDArray[np.float32], regions: NDArray[np.int32]) -> None:
-        self._shape = probability.shape
-        self._step = step = max(1, ceil(max(self._shape) / GRID))
+    def __init__(
+        self,
+        probability: NDArray[np.float32],
+        regions: NDArray[np.int32],
+        step: int,
+        steps: int,
+        pixels: NDArray[np.bool_],
+    ) -> None:
+        """`pixels`: bool [H, W], those of the regions that are to walk here."""
+        self._shape, self._step, self._steps = probability.shape, step, steps
+        self._pixels = np.flatnonzero(pixels)
         edges = block_maxima(probability, step)
         rows, columns = edges.shape
         middle_y = np.minimum(np.arange(rows) * step + step // 2, self._shape[0] - 1)
         middle_x = np.minimum(np.arange(columns) * step + step // 2, self._shape[1] - 1)
-        self._cells = regions[np.ix_(middle_y, middle_x)]
-        self._transition = csr_array(transition_matrix(edges, self._cells))
-        self._probability, self._regions = probability, regions
-        self._boxes = find_objects(regions + 1)
-        self._sorted = np.argsort(regions.ravel(), kind="stable")
-        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(regions.ravel()))])
+        self._regions, self._cells = regions, regions[np.ix_(middle_y, middle_x)]
+        self._edges = edges
 
-    def pixels(self, region: int) -> NDArray[np.intp]:
-        """Flat indices of a region's pixels."""
-        return self._sorted[self._bounds[region] : self._bounds[region + 1]]
-
-    def spread(self, masks: NDArray[np.bool_], fragments: Sequence[Fragment]) -> list[NDArray[np.bool_]]:
-        """Step 3: for each fragment, which of its region's pixels it now has."""
+    def rises(self, masks: NDArray[np.bool_], fragments: Sequence[Fragment]) -> list[NDArray[np.float32]]:
+        """For each fragment a map at full size: its share after the walk, in its region from 0 (lowest) to 1."""
         if not fragments:
             return []
         # The walk never leaves a region, so fragments of different regions share a column.
@@ -206,7 +210,8 @@ class _Walk:
             used[fragment.region] = columns[-1] + 1
         cells = self._cells.ravel()
         order = np.argsort(cells, kind="stable")
-        bounds = np.searchsorted(cells[order], np.arange(len(self._bounds)))
+        count = int(self._regions.max()) + 1
+        bounds = np.searchsorted(cells[order], np.arange(count + 1))
         seeds = np.zeros((max(columns) + 1, len(cells)), np.float32)
         covered: dict[int, NDArray[np.float32]] = {}
         for fragment, column in zip(fragments, columns, strict=True):
@@ -214,14 +219,7 @@ class _Walk:
                 covered[fragment.mask] = _block_means(masks[fragment.mask], self._step).ravel()
             own = order[bounds[fragment.region] : bounds[fragment.region + 1]]
             seeds[column, own] = covered[fragment.mask][own]
-        shares = np.zeros_like(seeds)
-        vectors_of = np.bincount(list(used), list(used.values()), minlength=len(self._bounds) - 1)[cells]
-        for first in range(0, len(seeds), TOGETHER):
-            # The walk of later columns is that of fewer regions.
-            own = np.flatnonzero(vectors_of > first)
-            some = slice(first, first + TOGETHER)
-            transition = self._transition[own][:, own]
-            shares[some, own] = spread(transition, np.ascontiguousarray(seeds[some, own].T), STEPS).T
+        shares = self._walked(seeds, np.bincount(list(used), list(used.values()), minlength=count)[cells])
 
         rise = np.zeros_like(shares)
         for fragment, column in zip(fragments, columns, strict=True):
@@ -230,22 +228,88 @@ class _Walk:
                 share = shares[column, own]
                 rise[column, own] = (share - share.min()) / max(float(np.ptp(share)), 1e-3)
         lift = self._lift()
-        lifted = [(lift @ values).reshape(self._shape) for values in rise]
+        lifted = np.zeros((len(rise), *self._shape), np.float32)
+        for values, full in zip(rise, lifted, strict=True):
+            full.ravel()[self._pixels] = lift @ values
+        return [lifted[column] for column in columns]
+
+    def _walked(self, seeds: NDArray[np.float32], columns_of: NDArray[np.float64]) -> NDArray[np.float32]:
+        """T^steps of each row; `columns_of`: how many of the rows a cell's region takes part in."""
+        transition = csr_array(transition_matrix(self._edges, self._cells))
+        shares = np.zeros_like(seeds)
+        for first in range(0, len(seeds), TOGETHER):
+            # The walk of later columns is that of fewer regions.
+            own = np.flatnonzero(columns_of > first)
+            some = slice(first, first + TOGETHER)
+            vectors = np.ascontiguousarray(seeds[some, own].T)
+            shares[some, own] = spread(transition[own][:, own], vectors, self._steps).T
+        return shares
+
+    def _lift(self) -> csr_matrix:
+        """Bilinear interpolation from cells to pixels, from cells of the pixel's own region only: [pixels, cells]."""
+        rows, columns = self._cells.shape
+        (top, low), (left, right) = (
+            _between(length, self._step, cells) for length, cells in zip(self._shape, self._cells.shape, strict=True)
+        )
+        place_y, place_x = np.divmod(self._pixels, self._shape[1])
+        top, low, left, right = top[place_y], low[place_y], left[place_x], right[place_x]
+        own, cells = self._regions.ravel()[self._pixels], self._cells.ravel()
+        corners, weights = [], []
+        for down in (0, 1):
+            for aside in (0, 1):
+                corner = np.minimum(top + down, rows - 1) * columns + np.minimum(left + aside, columns - 1)
+                corners.append(corner)
+                weights.append(np.abs(1 - down - low) * np.abs(1 - aside - right) * (cells[corner] == own))
+        indices, values = np.stack(corners, axis=1).astype(np.int32), np.stack(weights, axis=1).astype(np.float32)
+        pointers = np.arange(0, indices.size + 1, 4)
+        return csr_matrix((values.ravel(), indices.ravel(), pointers), (len(indices), rows * columns))
+
+
+class _Walk:
+    """Step 3 for one picture. Large regions walk on cells twice as long, where a quarter of the steps goes as far."""
+
+    def __init__(self, probability: NDArray[np.float32], regions: NDArray[np.int32]) -> None:
+        self._probability, self._regions = probability, regions
+        step = max(1, ceil(max(probability.shape) / GRID))
+        self._boxes = find_objects(regions + 1)
+        self._sorted = np.argsort(regions.ravel(), kind="stable")
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(regions.ravel()))])
+        self._large = np.diff(self._bounds) > LARGE * step**2
+        coarse = self._large[regions]
+        self._fine = _Grid(probability, regions, step, STEPS, ~coarse)
+        self._coarse = _Grid(probability, regions, 2 * step, STEPS // 4, coarse)
+
+    def pixels(self, region: int) -> NDArray[np.intp]:
+        """Flat indices of a region's pixels."""
+        return self._sorted[self._bounds[region] : self._bounds[region + 1]]
+
+    def spread(
+        self, masks: NDArray[np.bool_], filled: NDArray[np.bool_], fragments: Sequence[Fragment]
+    ) -> list[NDArray[np.bool_]]:
+        """Step 3: for each fragment, which of its region's pixels it now has."""
+        rises: dict[int, NDArray[np.float32]] = {}
+        for grid, large in ((self._fine, False), (self._coarse, True)):
+            places = [place for place, one in enumerate(fragments) if self._large[one.region] == large]
+            rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
         return [
-            self._best_outline(masks[fragment.mask], fragment.region, lifted[column])
-            for fragment, column in zip(fragments, columns, strict=True)
+            self._best_outline(masks[fragment.mask], filled[fragment.mask], fragment.region, rises[place])
+            for place, fragment in enumerate(fragments)
         ]
 
-    def _best_outline(self, mask: NDArray[np.bool_], region: int, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
+    def _best_outline(
+        self, mask: NDArray[np.bool_], filled: NDArray[np.bool_], region: int, rise: NDArray[np.float32]
+    ) -> NDArray[np.bool_]:
         # One more pixel around, where there is one, to see the edge on the outer side.
         rows, columns = self._boxes[region]
         box = (slice(max(0, rows.start - 1), rows.stop + 1), slice(max(0, columns.start - 1), columns.stop + 1))
         inside = self._regions[box] == region
         fragment = mask[box] & inside
+        if np.array_equal(fragment, inside):
+            return fragment[inside]
         best, strongest = fragment, MARGIN * outline_strength(fragment, self._probability[box])
         for candidate in (
             inside,
-            _filled(fragment) & inside,
+            filled[box] & inside,
             *(inside & (rise[box] > level) for level in LEVELS),
         ):
             common, either = np.count_nonzero(candidate & fragment), np.count_nonzero(candidate | fragment)
@@ -255,24 +319,6 @@ class _Walk:
                     best, strongest = candidate, strength
         kept: NDArray[np.bool_] = best[inside]
         return kept
-
-    def _lift(self) -> csr_matrix:
-        """Bilinear interpolation from cells to pixels, from cells of the pixel's own region only: [H · W, cells]."""
-        rows, columns = self._cells.shape
-        (top, low), (left, right) = (
-            _between(length, self._step, cells) for length, cells in zip(self._shape, self._cells.shape, strict=True)
-        )
-        corners, weights = [], []
-        for down in (0, 1):
-            for aside in (0, 1):
-                y = np.minimum(top + down, rows - 1)[:, None]
-                x = np.minimum(left + aside, columns - 1)[None, :]
-                weight = np.abs(1 - down - low)[:, None] * np.abs(1 - aside - right)[None, :]
-                corners.append((y * columns + x).ravel())
-                weights.append((weight * (self._cells[y, x] == self._regions)).ravel())
-        indices, values = np.stack(corners, axis=1).astype(np.int32), np.stack(weights, axis=1).astype(np.float32)
-        pointers = np.arange(0, indices.size + 1, 4)
-        return csr_matrix((values.ravel(), indices.ravel(), pointers), (len(indices), rows * columns))
 
 
 def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
@@ -287,10 +333,13 @@ def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) 
     return total / length if length else 0.0
 
 
-def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask with its holes."""
-    outside, _ = label(~np.pad(mask, 1))
-    filled: NDArray[np.bool_] = (outside != outside[0, 0])[1:-1, 1:-1]
+def without_holes(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The masks with their holes filled, bool [K, H, W]."""
+    filled = masks.copy()
+    for mask in filled:
+        box = _box(mask)
+        outside, _ = label(~np.pad(mask[box], 1))
+        mask[box] = (outside != outside[0, 0])[1:-1, 1:-1]
     return filled
 
 
@@ -305,18 +354,20 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
         regions: int32 [h, w]; cells of different regions have affinity 0.
     """
     height, width = edges.shape
+    # The power falls, so the path's largest edge is its least power.
+    passage = (1 - edges) ** BETA
     diagonals = {0: np.ones(edges.size, np.float32)}
     for down, right in _half_disc():
         if down >= height or abs(right) >= width:
             continue
         rows, columns = slice(0, height - down), slice(max(0, -right), width - max(0, right))
-        strongest = np.zeros((height - down, width - abs(right)), np.float32)
+        narrowest = np.ones((height - down, width - abs(right)), np.float32)
         for y, x in _path(down, right):
             left = columns.start + x
-            np.maximum(strongest, edges[y : y + height - down, left : left + width - abs(right)], out=strongest)
+            np.minimum(narrowest, passage[y : y + height - down, left : left + width - abs(right)], out=narrowest)
         together = regions[rows, columns] == regions[down:, columns.start + right : columns.stop + right]
         affinity = np.zeros((height, width), np.float32)
-        affinity[rows, columns] = np.where(together, (1 - strongest) ** BETA, np.float32(0))
+        affinity[rows, columns] = narrowest * together
         # scipy keeps a diagonal by columns: that of offset o holds a_ij at j = i + o.
         offset = down * width + right
         for signed, diagonal in ((offset, np.roll(affinity.ravel(), offset)), (-offset, affinity.ravel())):
