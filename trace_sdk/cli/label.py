@@ -15,8 +15,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 @click.option(
     "--backbone",
     required=True,
-    type=click.Path(path_type=Path),
-    help="Folder that `trace-sdk pretrain` wrote.",
+    help="A diffusers folder (Stable Diffusion, FLUX, …), one that `trace-sdk pretrain` wrote, or a hub id owner/name.",
 )
 @click.option(
     "-o",
@@ -77,10 +76,14 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice(["fp32", "bf16", "fp16"]),
     default="fp32",
     show_default=True,
-    help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it.",
+    help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it, and takes half the "
+    "memory of a latent model.",
+)
+@click.option(
+    "--offload", is_flag=True, help="Keep the weights in the computer's memory; the GPU sees a layer at a time."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=int, help="Only the first N photos.")
@@ -93,7 +96,7 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def command(
     photos: Path,
-    backbone: Path,
+    backbone: str,
     out: Path,
     size: int,
     tile: int | None,
@@ -107,6 +110,7 @@ def command(
     blocks: tuple[int, ...],
     mirror: bool,
     precision: str,
+    offload: bool,
     seed: int,
     limit: int | None,
     plots: bool,
@@ -115,7 +119,7 @@ def command(
     """Find instance edges in the photos below PHOTOS (a folder, or one photo) without any annotation.
 
     For each photo: noise it step by step, find the timestep t* where self-attention changes most (IEP, by KL),
-    measure there how much attention differs between neighbours (ABDiv), and call each 8×8 px token an edge
+    measure there how much attention differs between neighbours (ABDiv), and call each token an edge
     (above μ+σ), interior (below μ−σ) or uncertain.
 
     Photos that have a label are skipped, so a run that was cut goes on. One that cannot be read is reported and
@@ -128,8 +132,7 @@ def command(
       trace-sdk label photos/ --backbone runs/backbone -o runs/labels
       trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student
     """
-    from trace_sdk.backbones.device import torch_device
-    from trace_sdk.backbones.pixel import PixelBackbone
+    from trace_sdk.backbones.registry import open_backbone
     from trace_sdk.pretraining.training_images import list_photos
     from trace_sdk.teacher.labeller import label_folder
     from trace_sdk.teacher.teacher import Teacher, TeacherSettings
@@ -152,14 +155,15 @@ def command(
     settings.check()
     single = photos.is_file()
     files = [photos] if single else list_photos([photos])[:limit]
-    teacher = Teacher(PixelBackbone.load(backbone).to(torch_device(device)), settings)
+    opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
+    teacher = Teacher(opened, settings)
     with progress("label", total=len(files)) as advance:
         summary = label_folder(
             teacher,
             files,
             photos.parent if single else photos,
             out,
-            PixelBackbone.sha256(backbone),
+            opened.identity,
             plots=plots,
             report=lambda photo: advance(note=photo.name),
         )

@@ -68,10 +68,10 @@ def along_t(
     teacher: Teacher, rgb: NDArray[np.uint8], timesteps: tuple[float, ...]
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """For each timestep: attention PCA as colours [H, W, 3] in [0, 1], and ABDiv [H, W]."""
-    images = teacher.prepare(rgb)
-    grid = teacher.backbone.token_grid((images.shape[-2], images.shape[-1]))
+    clean = teacher.backbone.encode(teacher.prepare(rgb))
+    grid = teacher.grid(clean)
     shown = []
-    for t, x_t in teacher.trajectory(images, teacher.noise_like(images), timesteps):
+    for t, x_t in teacher.trajectory(clean, teacher.noise_like(clean), timesteps):
         log_map = teacher.attention(x_t, t)
         shown.append((attention_pca(log_map[0], grid), abdiv(log_map, grid)[0].cpu().numpy()))
     return shown
