@@ -158,20 +158,32 @@ def test_kept_queries_and_a_running_map_give_the_same_abdiv(open_tiny: Any, imag
         torch.testing.assert_close(answer, answers[0], rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("trajectory", ["noising", "inversion"])
-def test_the_teacher_labels_with_it_the_same_each_time(model: Any, trajectory: str) -> None:
-    size = max(96, model.backbone.min_size)
-    settings = TeacherSettings(size=size, stride=300, window=(0.2, 0.7), trajectory=trajectory)
-    photo = np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8)
-    photo[20:50, 30:70] //= 4
+@pytest.fixture(scope="session")
+def photo() -> Any:
+    photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    photo[20:50, 30:60] //= 4
+    return photo
+
+
+def test_the_teacher_labels_with_it_the_same_each_time(model: Any, photo: Any) -> None:
+    settings = TeacherSettings(size=64, stride=300, window=(0.2, 0.7), iep_rows=16)
     first, again = (Teacher(model.backbone, settings).annotate(photo) for _ in range(2))
     np.testing.assert_array_equal(first.abdiv, again.abdiv)
     assert first.emergence == again.emergence and min(first.emergence.kl) > 0
     assert first.abdiv.shape == first.labels.shape and (first.labels == 1).any()
-    if trajectory == "noising":
-        other = Teacher(model.backbone, TeacherSettings(size=size, timesteps=(0.5,), seed=1)).annotate(photo)
-        same = Teacher(model.backbone, TeacherSettings(size=size, timesteps=(0.5,), seed=0)).annotate(photo)
-        assert not np.array_equal(other.abdiv, same.abdiv)
+    fixed = {"size": 64, "timesteps": (0.5,)}
+    seeds = [Teacher(model.backbone, TeacherSettings(**fixed, seed=seed)).annotate(photo).abdiv for seed in (0, 1)]
+    assert not np.array_equal(*seeds)
+
+
+def test_inversion_keeps_the_image_and_goes_its_own_way(model: Any, photo: Any) -> None:
+    """From X_0, without a random number unless the network answers X_0; other than noising with a random ε."""
+    teacher = Teacher(model.backbone, TeacherSettings(size=64, trajectory="inversion"))
+    with torch.inference_mode():
+        clean = model.backbone.encode(teacher.prepare(photo))
+        one, two = (teacher.trajectory(clean, torch.full_like(clean, x), (0.0, 0.05)) for x in (0.0, 1.0))
+    assert torch.equal(one[0][1], clean)
+    assert torch.equal(one[1][1], two[1][1]) and not torch.equal(one[1][1], clean) and one[1][1].isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

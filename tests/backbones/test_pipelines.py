@@ -34,18 +34,17 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-def embeddings(model: Any) -> dict[str, Any]:
+def embeddings(name: str, prompt: dict[str, Tensor]) -> dict[str, Any]:
     """The null prompt under the names of the pipeline's arguments."""
-    prompt = model.backbone.prompt
     tokens = prompt["tokens"]
-    if model.name == "z-image":
+    if name == "z-image":
         return {"prompt_embeds": [tokens[0]]}
-    given = {"prompt_embeds": tokens}
+    given: dict[str, Any] = {"prompt_embeds": tokens}
     if "pooled" in prompt:
         given["pooled_prompt_embeds"] = prompt["pooled"]
-    if model.name.startswith(("pixart", "aura-flow", "lumina2")):
+    if name.startswith(("pixart", "aura-flow", "lumina2")):
         given["prompt_attention_mask"] = prompt.get("mask", torch.ones(tokens.shape[:2], dtype=torch.long))
-    if model.name == "qwen-image":
+    if name == "qwen-image":
         given["prompt_embeds_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long)
     return given
 
@@ -78,7 +77,7 @@ def test_answer_is_that_of_the_models_own_pipeline(model: Any) -> None:
     with torch.inference_mode():
         pipeline(
             height=HEIGHT, width=WIDTH, num_inference_steps=2, latents=latents, output_type="latent",
-            **embeddings(model), **CALLS[model.name],
+            **embeddings(model.name, backbone.prompt), **CALLS[model.name],
         )  # fmt: skip
     answer, (given, time) = answers[0], asked[0]
     if model.name == "z-image":

@@ -52,7 +52,7 @@ def wanted_files(files: list[str], part: str) -> list[str]:
         if name not in (part, "vae", "scheduler") and not name.startswith(("text_encoder", "tokenizer")):
             continue
         inside = [file for file in files if file.startswith(f"{name}/")]
-        weights = [file for file in inside if file.endswith((".safetensors", ".safetensors.index.json"))]
+        weights = [file for file in inside if file.endswith(".safetensors") or ".safetensors.index." in file]
         plain = [file for file in weights if not _variant(file)]
         wanted += [
             file for file in inside if file.endswith((".json", ".txt", ".model", ".jinja")) and file not in weights

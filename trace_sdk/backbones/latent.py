@@ -48,8 +48,10 @@ class LatentBackbone(nn.Module):
     vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
     self_attention: ClassVar[str]
     image_first: ClassVar[bool] = False
+    denoiser: Any
+    vae: Any
 
-    def __init__(self, denoiser: nn.Module, vae: nn.Module, noising: Noising, prompt: Prompt, identity: str) -> None:
+    def __init__(self, denoiser: Any, vae: Any, noising: Noising, prompt: Prompt, identity: str) -> None:
         super().__init__()
         self.denoiser, self.vae, self.noising, self.identity = denoiser, vae, noising, identity
         self._prompt_names = tuple(prompt)
@@ -176,11 +178,13 @@ class LatentBackbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.vae.parameters()).device  # the denoiser's may be elsewhere, offloaded
+        found: torch.device = next(self.vae.parameters()).device  # the denoiser's may be elsewhere, offloaded
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        found: torch.dtype = next(self.denoiser.parameters()).dtype
+        return found
 
     @property
     def prompt(self) -> Prompt:
@@ -266,7 +270,7 @@ def pack(x_t: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, latents: tuple[int, int]) -> Tensor:
     """What `pack` did, undone, for latents of that size."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (latents[0] // 2, latents[1] // 2)), 2)
+    return F.pixel_shuffle(tokens.mT.reshape(len(tokens), -1, latents[0] // 2, latents[1] // 2), 2)
 
 
 def read_config(folder: Path, part: str, file: str = "config.json") -> dict[str, Any]:
@@ -291,18 +295,20 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
 
     Raises CheckpointError.
     """
-    variant = next((v for v in (None, "fp16", "bf16") if list(folder.glob(weights_pattern(v)))), None)
+    variant = next((v for v in (None, "fp16", "bf16") if has_variant(folder, v)), None)
     try:
-        return architecture.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
+        return architecture.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
         raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
 
 
-def weights_pattern(variant: str | None) -> str:
-    """Names of the weights of a variant: one file, or the first of its shards."""
-    return f"{WEIGHTS}*.{variant}*.safetensors" if variant else f"{WEIGHTS}.safetensors*"
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether a part has weights of this variant, whole or the index of its shards."""
+    dotted = f".{variant}" if variant else ""
+    names = f"{WEIGHTS}{dotted}.safetensors", f"{WEIGHTS}.safetensors.index{dotted}.json"
+    return any((folder / name).is_file() for name in names)
 
 
 def identity_of(folder: Path, part: str, prompt: Prompt) -> str:

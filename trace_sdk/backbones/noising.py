@@ -19,8 +19,15 @@ SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "t
 class Noising(Protocol):
     """A rule X_t = a(t)·X_0 + s(t)·ε, with a(0) = 1 and s(0) = 0."""
 
-    steps: int
-    predicts: str
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        ...
+
+    @property
+    def predicts(self) -> str:
+        """What the network answers."""
+        ...
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
         """X_t, of the shape of `clean`; at t = 0 `clean` itself."""

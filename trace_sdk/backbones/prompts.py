@@ -79,7 +79,7 @@ def encode(
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     try:
         pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, **absent
+            folder, dtype=dtype, use_safetensors=True, **absent
         )
         with torch.inference_mode():
             found = family.encode_prompt(pipeline.to(device), prompt)

@@ -34,7 +34,7 @@ class Flux(LatentBackbone):
         return {"tokens": tokens, "pooled": pooled}
 
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-        batch, _, height, width = x_t.shape
+        height, width = x_t.shape[-2:]
         answer = self.denoiser(
             hidden_states=pack(x_t),
             encoder_hidden_states=prompt["tokens"],
@@ -42,7 +42,7 @@ class Flux(LatentBackbone):
             timestep=t,
             img_ids=position_ids((height // 2, width // 2), t),
             txt_ids=t.new_zeros(prompt["tokens"].shape[1], 3),
-            guidance=t.new_full((batch,), GUIDANCE) if self.denoiser.config.guidance_embeds else None,
+            guidance=torch.full_like(t, GUIDANCE) if self.denoiser.config.guidance_embeds else None,
             return_dict=False,
         )[0]
         return unpack(answer, (height, width))

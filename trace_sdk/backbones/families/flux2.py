@@ -31,7 +31,7 @@ class Flux2(LatentBackbone):
         return {"tokens": pipeline.encode_prompt(prompt)[0]}
 
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-        batch, _, height, width = x_t.shape
+        height, width = x_t.shape[-2:]
         text = prompt["tokens"].shape[1]
         answer: Tensor = self.denoiser(
             hidden_states=x_t.flatten(2).transpose(1, 2),
@@ -39,10 +39,10 @@ class Flux2(LatentBackbone):
             timestep=t,
             img_ids=positions((1, height, width, 1), t.device),
             txt_ids=positions((1, 1, 1, text), t.device),
-            guidance=t.new_full((batch,), GUIDANCE),
+            guidance=torch.full_like(t, GUIDANCE),
             return_dict=False,
         )[0]
-        return answer.transpose(1, 2).unflatten(2, (height, width))
+        return answer.mT.reshape(x_t.shape)
 
     def scale(self, latents: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(latents, 2)
