@@ -19,7 +19,7 @@ from PIL import Image
 from trace_sdk.backbones import families as family_files
 from trace_sdk.backbones import hub
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.backbones.registry import families, open_backbone
+from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.cli import main
 from trace_sdk.errors import CheckpointError, DownloadError, OutOfMemoryError, TraceError
 from trace_sdk.teacher.labels import load_label
@@ -273,25 +273,51 @@ def test_wanted_files_take_a_variant_where_there_is_no_other() -> None:
     ]
 
 
-NEW_FAMILY = '''
-"""A family in one file."""
-from trace_sdk.backbones.families.sd3 import StableDiffusion3
+NEW_FAMILY = """
+import torch
+from trace_sdk.backbones.families.flux import Flux
+from trace_sdk.backbones.latent import pack, unpack
+from trace_sdk.backbones.pixel import position_ids
 
-class Newcomer(StableDiffusion3):
-    family = "newcomer"
-    architecture = "SD3Transformer2DModel"
+class Chroma(Flux):
+    family = "chroma"
+    architecture = "ChromaTransformer2DModel"
 
     @classmethod
-    def matches(cls, config):
-        return config["num_layers"] == 3 and config["sample_size"] == 64
-'''
+    def zero_prompt(cls, config):
+        return {"tokens": torch.zeros(1, 16, config["joint_attention_dim"])}
+
+    def denoise(self, x_t, t, prompt):
+        height, width = x_t.shape[-2:]
+        answer = self.denoiser(
+            pack(x_t), prompt["tokens"], t, position_ids((height // 2, width // 2), t), t.new_zeros(16, 3)
+        )
+        return unpack(answer.sample, (height, width))
+"""
 
 
 def test_a_family_is_one_file(copy: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import ChromaTransformer2DModel
+
+    folder = copy("flux")
+    shutil.rmtree(folder / "transformer")
+    ChromaTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 6, 6), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "ChromaPipeline", "transformer": ["diffusers", "ChromaTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="ChromaPipeline on ChromaTransformer2DModel, which is not supported"):
+        open_backbone(folder)
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "a_newcomer.py").write_text(NEW_FAMILY)
+    (tmp_path / "new" / "chroma.py").write_text(NEW_FAMILY)
     monkeypatch.setattr(family_files, "__path__", [*family_files.__path__, str(tmp_path / "new")])
-    assert "newcomer" in families()
+    opened = open_backbone(folder)
+    photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    annotation = Teacher(opened, TeacherSettings(size=64, timesteps=(0.3,))).annotate(photo)
+    assert opened.family == "chroma" and annotation.labels.shape == (8, 8) and annotation.abdiv.std() > 0
 
 
 def test_label_command_takes_any_family(open_tiny: Any, photos: Path, tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     help="IEP: lowest and highest t that t* may take.",
 )
 @click.option(
+    "--criterion",
+    type=click.Choice(["kl", "l2", "entropy", "wasserstein"]),
+    default="kl",
+    show_default=True,
+    help="IEP: t* is where this changes most between timesteps; all but KL for comparison only.",
+)
+@click.option(
     "--iep-rows",
     type=int,
     help="IEP: take the KL on this many rows of the map; 256 move it by about 1 % and save memory.  [default: all]",
@@ -91,7 +98,8 @@ from trace_sdk.cli.console import FAILED, output, progress, say_error
     "--plot",
     "plots",
     is_flag=True,
-    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels.",
+    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels; and t-star.png, how often "
+    "each t* was found in the folder.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def command(
@@ -103,6 +111,7 @@ def command(
     timesteps: tuple[float, ...],
     stride: int,
     window: tuple[float, float],
+    criterion: str,
     iep_rows: int | None,
     trajectory: str,
     form: str,
@@ -135,6 +144,8 @@ def command(
     from trace_sdk.backbones.registry import open_backbone
     from trace_sdk.pretraining.training_images import list_photos
     from trace_sdk.teacher.labeller import label_folder
+    from trace_sdk.teacher.labels import load_label
+    from trace_sdk.teacher.plot import plot_t_star
     from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
     settings = TeacherSettings(
@@ -143,6 +154,7 @@ def command(
         timesteps=timesteps or None,
         stride=stride,
         window=window,
+        criterion=criterion,
         iep_rows=iep_rows,
         trajectory=trajectory,
         form=form,
@@ -167,6 +179,9 @@ def command(
             plots=plots,
             report=lambda photo: advance(note=photo.name),
         )
+    if plots and not single and not timesteps:
+        labels = [load_label(file).about for file in sorted(out.rglob("*.npz"))]
+        plot_t_star([about["emergence"]["t_star"] for about in labels], window, out / "t-star.png")
     for reason in summary.failed.values():
         say_error(reason)
     found = f", median t* = {statistics.median(summary.t_star):g}" if summary.t_star else ""

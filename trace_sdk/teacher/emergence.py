@@ -20,8 +20,9 @@ class Emergence:
 
     Attributes:
         timesteps: t of each point of the curve, ascending, in [0, 1]; the schedule without its first step.
-        kl: KL(SA(X_t_prev) ‖ SA(X_t)) in nats, mean over rows, at each of `timesteps`.
-        t_star: the timestep of the largest KL within the search window.
+        kl: KL(SA(X_t_prev) ‖ SA(X_t)) in nats, mean over rows, at each of `timesteps`; with another criterion than KL,
+            that one's value.
+        t_star: the timestep of the largest value within the search window.
     """
 
     timesteps: tuple[float, ...]

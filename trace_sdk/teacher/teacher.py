@@ -13,14 +13,15 @@ from torch import Tensor
 from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.backbones.device import torch_dtype
 from trace_sdk.errors import ArgumentError, OutOfMemoryError
-from trace_sdk.kernels import temporal_kl
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary, PerHeadBoundary
+from trace_sdk.teacher.criteria import CRITERIA
 from trace_sdk.teacher.emergence import TRAJECTORIES, Emergence, row_sample, schedule, search_window
 from trace_sdk.teacher.pseudo_labels import ternary_labels
 from trace_sdk.tiling import Window, blend, tiles
 
+LEAST_SIZE = 64  # no backbone takes less
 FORMS = ("mean", "per-head", "log-per-head")
 
 
@@ -38,6 +39,8 @@ class TeacherSettings:
             None finds t* by the Instance Emergence Point.
         stride: of the IEP schedule, in thousandths.
         window: (lowest, highest) t that t* may take.
+        criterion: what t* is the largest of: "kl" (the paper's), or for comparison "l2", "entropy", "wasserstein"; see
+            `criteria`.
         iep_rows: how many rows of the map the KL is taken on, a fixed sample: no N×N map is then held, and 256 rows
             move the KL by about 1 % (DESIGN section 6); None takes all of them.
         trajectory: "noising" (one fixed ε) or "inversion" (the model's own flow).
@@ -57,6 +60,7 @@ class TeacherSettings:
     timesteps: tuple[float, ...] | None = None
     stride: int = 100
     window: tuple[float, float] = (0.1, 0.6)
+    criterion: str = "kl"
     iep_rows: int | None = None
     trajectory: str = "noising"
     form: str = "mean"
@@ -68,10 +72,14 @@ class TeacherSettings:
 
     def check(self) -> None:
         """Raise ArgumentError naming the setting that is out of its range."""
+        if self.size < LEAST_SIZE:
+            raise ArgumentError(f"size must be at least {LEAST_SIZE} px, got {self.size}.")
         if self.timesteps is not None and not (self.timesteps and all(0 <= t < 1 for t in self.timesteps)):
             raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
         if self.trajectory not in TRAJECTORIES:
             raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
+        if self.criterion not in CRITERIA:
+            raise ArgumentError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
         if self.form not in FORMS:
             raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
         torch_dtype(self.precision)
@@ -226,7 +234,7 @@ class Teacher:
         for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, clean, timesteps, noise):
             current = self.attention(x_t, t, rows)
             if previous is not None:
-                kl.append(temporal_kl(previous, current).mean())
+                kl.append(CRITERIA[self.settings.criterion](previous, current, grid).mean())
             previous = current
         return _Curve(timesteps[1:], torch.stack(kl), inside)
 
