@@ -15,6 +15,7 @@ from trace_sdk.backbones.device import torch_device, torch_dtype
 from trace_sdk.backbones.hub import fetch, is_hub_id
 from trace_sdk.backbones.latent import LatentBackbone, read_config
 from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.vision_transformer import MODEL_TYPES, VisionTransformer
 from trace_sdk.errors import CheckpointError
 
 
@@ -35,7 +36,7 @@ def open_backbone(
     """Read a backbone, ready for the teacher.
 
     Args:
-        source: a diffusers folder, a folder that `trace-sdk pretrain` wrote, or a hub id "owner/name".
+        source: a folder of diffusers, of `trace-sdk pretrain` or of DINOv2 (the control), or a hub id "owner/name".
         device: "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" or "fp16" weights of a latent model's denoiser. A pixel backbone keeps fp32 weights;
             the teacher's settings say how it computes.
@@ -57,8 +58,10 @@ def open_backbone(
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder} is no diffusers folder: it has neither model_index.json (a pipeline) nor config.json (a "
-                "pixel backbone, as `trace-sdk pretrain` writes it)."
+                "pixel backbone, as `trace-sdk pretrain` writes it, or DINOv2)."
             )
+        if read_config(folder, ".").get("model_type") in MODEL_TYPES:
+            return VisionTransformer.load(folder).to(device)
         return PixelBackbone.load(folder).to(device)
     index = read_config(folder, ".", "model_index.json")
     family = family_of(index, lambda part: read_config(folder, part), str(folder))
