@@ -79,7 +79,7 @@ def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.
     for stage in stages:
         result = run(*stage)
         assert result.exit_code == 0, f"{stage[0]}: {result.output}"
-    assert len(list(labels.rglob("*.npz"))) == len(list(labels.rglob("*.png"))) == 4
+    assert len(list(labels.rglob("*.npz"))) == len(list(labels.rglob("*.*.png"))) == 4
     assert len(list((tmp_path / "edges").rglob("*.png"))) >= 4
     index = json.loads((student / "student.json").read_text())
     assert index["distilled_steps"] == 2

@@ -57,8 +57,8 @@ def test_shared_softmax_gives_the_same_answer_and_mean_key(tiny_backbone: PixelB
 
 def test_noise_at_t_zero_is_the_image_itself(tiny_backbone: PixelBackbone) -> None:
     images, noise = torch.rand(2, 1, 3, 64, 64).unbind(0)
-    assert torch.equal(tiny_backbone.add_noise(images, noise, 0.0), images)
-    assert torch.equal(tiny_backbone.add_noise(images, noise, 1.0), noise)
+    assert torch.equal(tiny_backbone.noising.add_noise(images, noise, 0.0), images)
+    assert torch.equal(tiny_backbone.noising.add_noise(images, noise, 1.0), noise)
 
 
 def test_batch_equals_single(tiny_backbone: PixelBackbone) -> None:

@@ -161,7 +161,7 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
         noised = dict(TRAJECTORIES["noising"](tiny_backbone, images, (0.0, 0.1, 0.3), noise))
         inverted = dict(TRAJECTORIES["inversion"](tiny_backbone, images, (0.0, 0.1, 0.3), noise))
         assert torch.equal(inverted[0.0], images) and torch.equal(noised[0.0], images)
-        x, t = tiny_backbone.add_noise(images, noise, 0.025), 0.025
+        x, t = tiny_backbone.noising.add_noise(images, noise, 0.025), 0.025
         for _ in range(3):
             x = x + 0.025 * (x - tiny_backbone(x, t)) / t
             t += 0.025

@@ -8,7 +8,9 @@
     │   └── ParityError       an export whose answers differ from PyTorch's
     ├── CheckpointError       weights or training state: missing, pickled, corrupt, of another run
     ├── DatasetError          a folder of photos, labels or annotations that is empty or malformed
+    ├── DownloadError         a model on the hub: gated, unknown, or no network
     ├── DeviceError           the device or provider asked for is not there
+    │   └── OutOfMemoryError  its memory is too small for what was asked
     ├── MissingExtraError     an optional package is not installed
     └── OutputError           a result could not be written
 
@@ -50,6 +52,14 @@ class DatasetError(TraceError):
 
 class DeviceError(TraceError):
     """The device or provider that was asked for is not there."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The device's memory is too small for what was asked."""
+
+
+class DownloadError(TraceError):
+    """A model that cannot be fetched from the hub."""
 
 
 class MissingExtraError(TraceError):

@@ -6,6 +6,8 @@ import torch
 
 from trace_sdk.errors import ArgumentError, DeviceError
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def torch_device(name: str) -> torch.device:
     """ "cpu", "cuda" or "cuda:N" as a device that is there.
@@ -29,3 +31,10 @@ def torch_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0).")
     return device
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """ "fp32", "bf16" or "fp16" as torch says it. Raises ArgumentError for another name."""
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    return PRECISIONS[precision]

@@ -16,6 +16,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
 
@@ -35,10 +36,13 @@ class PixelBackbone(nn.Module):
     family = "pixel-flux"
     multiple_of = PATCH
     min_size = 64
+    latent_side = 1
+    token_side = PATCH
+    noising = FlowMatching(predicts="sample")
 
-    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel, identity: str = "") -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.identity = transformer, identity
 
     @classmethod
     def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:
@@ -86,7 +90,7 @@ class PixelBackbone(nn.Module):
             model = FluxTransformer2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
             raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
-        return cls(model.float().eval())
+        return cls(model.float().eval(), sha256_of_folder(folder))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""
@@ -119,15 +123,24 @@ class PixelBackbone(nn.Module):
         """(height, width) in pixels → (H, W) in tokens."""
         return size[0] // PATCH, size[1] // PATCH
 
-    def add_noise(self, images: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """x_t = (1 − t)·x + t·ε; t is a number or [B]. At t = 0 the answer is the image itself."""
-        if isinstance(t, Tensor):
-            t = t.view(-1, 1, 1, 1)
-        return (1 - t) * images + t * noise
+    @property
+    def total_heads(self) -> int:
+        """Heads of all blocks together."""
+        return self.heads * self.self_attention_blocks
 
-    def velocity(self, x_t: Tensor, prediction: Tensor, t: float) -> Tensor:
-        """dx_t/dt of the flow at t > 0, from the network's x̂: (x_t − x̂)/t."""
-        return (x_t - prediction) / max(t, 1e-3)
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def encode(self, images: Tensor) -> Tensor:
+        """X_0 is the image itself."""
+        return images
 
     def forward(
         self,

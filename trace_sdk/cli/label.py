@@ -17,8 +17,7 @@ from trace_sdk.cli.options import torch_device_option
 @click.option(
     "--backbone",
     required=True,
-    type=click.Path(path_type=Path),
-    help="Folder that `trace-sdk pretrain` wrote.",
+    help="A diffusers folder (Stable Diffusion, FLUX, …), one that `trace-sdk pretrain` wrote, or a hub id owner/name.",
 )
 @click.option(
     "-o",
@@ -50,6 +49,13 @@ from trace_sdk.cli.options import torch_device_option
     help="IEP: lowest and highest t that t* may take.",
 )
 @click.option(
+    "--criterion",
+    type=click.Choice(["kl", "l2", "entropy", "wasserstein"]),
+    default="kl",
+    show_default=True,
+    help="IEP: t* is where this changes most between timesteps; all but KL for comparison only.",
+)
+@click.option(
     "--iep-rows",
     type=int,
     help="IEP: take the KL on this many rows of the map; 256 move it by about 1 % and save memory.  [default: all]",
@@ -79,10 +85,14 @@ from trace_sdk.cli.options import torch_device_option
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice(["fp32", "bf16", "fp16"]),
     default="fp32",
     show_default=True,
-    help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it.",
+    help="Of the backbone's arithmetic; bf16 is about twice as fast where the CPU or GPU has it, and takes half the "
+    "memory of a latent model.",
+)
+@click.option(
+    "--offload", is_flag=True, help="Keep the weights in the computer's memory; the GPU sees a layer at a time."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
@@ -97,18 +107,20 @@ from trace_sdk.cli.options import torch_device_option
     "--plot",
     "plots",
     is_flag=True,
-    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels.",
+    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels; and t-star.png, how often "
+    "each t* was found in the folder.",
 )
 @torch_device_option
 def command(
     images: tuple[str, ...],
-    backbone: Path,
+    backbone: str,
     out: Path,
     size: int,
     tile: int | None,
     timesteps: tuple[float, ...],
     stride: int,
     window: tuple[float, float],
+    criterion: str,
     iep_rows: int | None,
     trajectory: str,
     form: str,
@@ -116,6 +128,7 @@ def command(
     blocks: tuple[int, ...],
     mirror: bool,
     precision: str,
+    offload: bool,
     seed: int,
     limit: int | None,
     batch: int,
@@ -126,7 +139,7 @@ def command(
     """Find instance edges in IMAGES without any annotation.
 
     For each image: noise it step by step, find the timestep t* where self-attention changes most (IEP, by KL),
-    measure there how much attention differs between neighbours (ABDiv), and call each 8×8 px token an edge
+    measure there how much attention differs between neighbours (ABDiv), and call each token an edge
     (above μ+σ), interior (below μ−σ) or uncertain.
 
     \b
@@ -156,10 +169,11 @@ def command(
       2    wrong usage
       130  interrupted; run it again to go on
     """
-    from trace_sdk.backbones.device import torch_device
-    from trace_sdk.backbones.pixel import PixelBackbone
+    from trace_sdk.backbones.registry import open_backbone
     from trace_sdk.labelling.images import find_images
     from trace_sdk.labelling.label import LabelJob
+    from trace_sdk.teacher.labels import load_label
+    from trace_sdk.teacher.plot import plot_t_star
     from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
     settings = TeacherSettings(
@@ -168,6 +182,7 @@ def command(
         timesteps=timesteps or None,
         stride=stride,
         window=window,
+        criterion=criterion,
         iep_rows=iep_rows,
         trajectory=trajectory,
         form=form,
@@ -179,9 +194,9 @@ def command(
     )
     settings.check()
     found = find_images(images)[:limit]
-    teacher = Teacher(PixelBackbone.load(backbone).to(torch_device(device)), settings)
-    sha256 = PixelBackbone.sha256(backbone)
-    job = LabelJob(teacher, found, out, sha256, batch=batch, retry_failed=retry_failed, plots=plots)
+    opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
+    teacher = Teacher(opened, settings)
+    job = LabelJob(teacher, found, out, opened.identity, batch=batch, retry_failed=retry_failed, plots=plots)
     start = time.perf_counter()
     with progress("label", total=len(found), done=job.before, unit="images") as advance:
 
@@ -192,6 +207,9 @@ def command(
 
         summary = job.run(report)
     seconds = time.perf_counter() - start
+    if plots and len(found) > 1 and not timesteps:
+        labels = [load_label(file).about for file in sorted(out.rglob("*.npz"))]
+        plot_t_star([about["emergence"]["t_star"] for about in labels], window, out / "t-star.png")
     parts = [f"{summary.done} labelled in {seconds:.1f} s ({summary.done / max(seconds, 1e-9):.2f} images/s)"]
     parts += [f"{summary.before} were there already"] if summary.before else []
     parts += [f"{summary.elsewhere} done by other processes"] if summary.elsewhere else []

@@ -126,7 +126,7 @@ class _Trainer:
         t = sample_timesteps(len(x), generator).to(self.device)
         noise = torch.randn(x.shape, generator=generator).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            prediction = self.denoise(self.model.add_noise(x, noise, t), t)
+            prediction = self.denoise(self.model.noising.add_noise(x, noise, t), t)
         loss = flow_matching_loss(prediction.float(), x, t)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

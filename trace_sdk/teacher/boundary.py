@@ -27,14 +27,16 @@ class MeanBoundary:
         self._finest, self._blocks, self._neighbourhood = finest, blocks, neighbourhood
         self._average = AttentionAverage(finest, blocks)
         self._kept: list[SelfAttention] = []
+        self._keeps: bool | None = None
 
     def add(self, attention: SelfAttention) -> None:
         """Take one block into the mean."""
         if attention.block not in self._blocks:
             return
-        # Heads and width of the first block stand for all: coarser blocks keep less, and their maps no less.
-        batch, tokens = attention.query.shape[0], self._finest[0] * self._finest[1]
-        if 2 * len(self._blocks) * attention.query.numel() < batch * tokens**2:
+        if self._keeps is None:  # the first block stands for all: one way for the whole pass
+            batch, tokens = attention.query.shape[0], self._finest[0] * self._finest[1]
+            self._keeps = 2 * len(self._blocks) * attention.query.numel() < batch * tokens**2
+        if self._keeps:
             self._kept.append(attention)
         else:
             self._average.add(attention)

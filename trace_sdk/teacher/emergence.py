@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.errors import ArgumentError
 
 INVERSION_STEP = 0.025
@@ -20,8 +20,9 @@ class Emergence:
 
     Attributes:
         timesteps: t of each point of the curve, ascending, in [0, 1]; the schedule without its first step.
-        kl: KL(SA(X_t_prev) ‖ SA(X_t)) in nats, mean over rows, at each of `timesteps`.
-        t_star: the timestep of the largest KL within the search window.
+        kl: KL(SA(X_t_prev) ‖ SA(X_t)) in nats, mean over rows, at each of `timesteps`; with another criterion than KL,
+            that one's value.
+        t_star: the timestep of the largest value within the search window.
     """
 
     timesteps: tuple[float, ...]
@@ -59,28 +60,31 @@ def row_sample(tokens: int, count: int | None, device: torch.device) -> Tensor |
 
 
 def forward_noising(
-    backbone: PixelBackbone, images: Tensor, timesteps: tuple[float, ...], noise: Tensor
+    backbone: Backbone, clean: Tensor, timesteps: tuple[float, ...], noise: Tensor
 ) -> Iterator[tuple[float, Tensor]]:
-    """(t, X_t) along the schedule with one fixed ε for all steps."""
+    """(t, X_t) along the schedule from X_0 with one fixed ε for all steps."""
     for t in timesteps:
-        yield t, backbone.add_noise(images, noise, t)
+        yield t, backbone.noising.add_noise(clean, noise, t)
 
 
 def inversion(
-    backbone: PixelBackbone, images: Tensor, timesteps: tuple[float, ...], noise: Tensor
+    backbone: Backbone, clean: Tensor, timesteps: tuple[float, ...], noise: Tensor
 ) -> Iterator[tuple[float, Tensor]]:
-    """(t, X_t) along the model's own flow from the image towards noise, by Euler steps (the paper's "inversion").
+    """(t, X_t) along the model's own way from X_0 towards noise (the paper's "inversion").
 
-    The flow's velocity (X_t − x̂)/t has no value at t = 0; the first short step takes ε from `noise`.
+    Each step takes X̂_0 and ε̂ from the network and noises the one with the other a little further: DDIM inversion for
+    a diffusion model, Euler steps for a flow. A network that answers X_0 says nothing of ε at t = 0; its first short
+    step takes ε from `noise`.
     """
-    t, x_t = 0.0, images
+    noising = backbone.noising
+    t, x_t = 0.0, clean
     for target in timesteps:
         while t < target - 1e-9:
             after = min(t + INVERSION_STEP, target)
-            if t == 0:
-                x_t = backbone.add_noise(images, noise, after)
+            if t == 0 and noising.predicts == "sample":
+                x_t = noising.add_noise(clean, noise, after)
             else:
-                x_t = x_t + (after - t) * backbone.velocity(x_t, backbone(x_t, t), t)
+                x_t = noising.add_noise(*noising.split(x_t, backbone(x_t, t), t), after)
             t = after
         yield target, x_t
 

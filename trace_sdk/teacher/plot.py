@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +18,12 @@ from trace_sdk.errors import MissingExtraError
 from trace_sdk.kernels import abdiv
 from trace_sdk.teacher.teacher import Annotation, Teacher
 
+CURVES = {
+    "kl": ("KL(SA(X$_{t_{prev}}$) ‖ SA(X$_t$))", "nats"),
+    "l2": ("‖SA(X$_{t_{prev}}$) − SA(X$_t$)‖$_2$", ""),
+    "entropy": ("|H(SA(X$_{t_{prev}}$)) − H(SA(X$_t$))|", "nats"),
+    "wasserstein": ("W$_1$(SA(X$_{t_{prev}}$), SA(X$_t$))", "tokens"),
+}
 SHOWN = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 EDGE_COLOUR, INTERIOR_COLOUR, UNCERTAIN_COLOUR = (240, 80, 60), (40, 90, 160), (200, 200, 200)
 
@@ -24,15 +34,8 @@ def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'trace-sdk[train]'.") from error
-
     steps = along_t(teacher, rgb, SHOWN)
-    figure = Figure(figsize=(2.6 * len(SHOWN), 9.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 * len(SHOWN), 9.6)
     grid = figure.add_gridspec(3, len(SHOWN), height_ratios=(1.3, 1, 1))
     photo = figure.add_subplot(grid[0, :2])
     photo.imshow(rgb)
@@ -44,7 +47,8 @@ def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: 
         curve.axvline(emergence.t_star, color="tab:red", label=f"t* = {emergence.t_star:g}")
         curve.axvspan(*teacher.settings.window, color="tab:red", alpha=0.08, label="search window")
         curve.legend()
-    curve.set(title="KL(SA(X$_{t_{prev}}$) ‖ SA(X$_t$))", xlabel="t", ylabel="nats")
+    title, unit = CURVES[teacher.settings.criterion]
+    curve.set(title=title, xlabel="t", ylabel=unit)
     labels = figure.add_subplot(grid[0, 4:6])
     labels.imshow(colour_labels(annotation.labels), interpolation="nearest")
     labels.set_title(f"labels: edge, interior ({annotation.rule}), uncertain")
@@ -58,6 +62,41 @@ def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: 
             axes.set_axis_off()
     for axes in (photo, labels):
         axes.set_axis_off()
+    save_figure(figure, out)
+
+
+def plot_t_star(t_star: Sequence[float], window: tuple[float, float], out: Path) -> None:
+    """Draw how often each t* was found over a data set (paper's figure 7) into a PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    found = Counter(t_star)
+    figure = new_figure(6, 3.6)
+    axes = figure.add_subplot()
+    steps = sorted(found)
+    width = 0.8 * min((b - a for a, b in itertools.pairwise(steps)), default=0.1)
+    axes.bar(steps, [found[t] for t in steps], width=width, color="tab:red")
+    axes.axvspan(*window, color="tab:red", alpha=0.08, label="search window")
+    axes.set(title=f"t* of {len(t_star)} photos", xlabel="t*", ylabel="photos", xlim=(0, 1))
+    axes.legend()
+    save_figure(figure, out)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches. Raises MissingExtraError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("--plot needs matplotlib: pip install 'trace-sdk[train]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=70)
     write_bytes(out, buffer.getvalue())
@@ -68,10 +107,10 @@ def along_t(
     teacher: Teacher, rgb: NDArray[np.uint8], timesteps: tuple[float, ...]
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """For each timestep: attention PCA as colours [H, W, 3] in [0, 1], and ABDiv [H, W]."""
-    images = teacher.prepare(rgb)
-    grid = teacher.backbone.token_grid((images.shape[-2], images.shape[-1]))
+    clean = teacher.backbone.encode(teacher.prepare(rgb))
+    grid = teacher.grid(clean)
     shown = []
-    for t, x_t in teacher.trajectory(images, teacher.noise_like(images), timesteps):
+    for t, x_t in teacher.trajectory(clean, teacher.noise_like(clean), timesteps):
         log_map = teacher.attention(x_t, t)
         shown.append((attention_pca(log_map[0], grid), abdiv(log_map, grid)[0].cpu().numpy()))
     return shown
@@ -80,7 +119,7 @@ def along_t(
 def attention_pca(log_map: torch.Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     """First three principal components of the attention rows as RGB [H, W, 3] in [0, 1]."""
     torch.manual_seed(0)
-    rows = log_map.exp2().sqrt()  # square roots put distributions on a sphere, where PCA is at home
+    rows = log_map.float().exp2().sqrt()  # square roots put distributions on a sphere, where PCA is at home
     components, _, _ = torch.pca_lowrank(rows, q=3)
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
     colours = ((components - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)

@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.errors import ArgumentError
-from trace_sdk.kernels import temporal_kl
+from trace_sdk.backbones.backbone import Backbone
+from trace_sdk.backbones.device import torch_dtype
+from trace_sdk.errors import ArgumentError, OutOfMemoryError
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary, PerHeadBoundary
+from trace_sdk.teacher.criteria import CRITERIA
 from trace_sdk.teacher.emergence import TRAJECTORIES, Emergence, row_sample, schedule, search_window
 from trace_sdk.teacher.pseudo_labels import ternary_labels
 from trace_sdk.tiling import Window, blend, tiles
 
+LEAST_SIZE = 64  # no backbone takes less
 FORMS = ("mean", "per-head", "log-per-head")
 
 
@@ -30,7 +32,7 @@ class TeacherSettings:
 
     Attributes:
         size: longest side in pixels at which the image is shown, both scaled up and down; sides become
-            multiples of 8, from 64.
+            multiples of what the backbone takes (8 px from 64 for a pixel backbone).
         tile: side in pixels of square windows, overlapping by a quarter, in which a larger image is read; their
             ABDiv is blended, and the KL of the IEP is the mean over all of them. Finer tokens without attention
             over more of them than the backbone was trained on. None reads the image whole.
@@ -38,6 +40,8 @@ class TeacherSettings:
             None finds t* by the Instance Emergence Point.
         stride: of the IEP schedule, in thousandths.
         window: (lowest, highest) t that t* may take.
+        criterion: what t* is the largest of: "kl" (the paper's), or for comparison "l2", "entropy", "wasserstein"; see
+            `criteria`.
         iep_rows: how many rows of the map the KL is taken on, a fixed sample: no N×N map is then held, and 256 rows
             move the KL by about 1 % (DESIGN section 6); None takes all of them.
         trajectory: "noising" (one fixed ε) or "inversion" (the model's own flow).
@@ -47,7 +51,8 @@ class TeacherSettings:
         neighbourhood: 4 or 8; the per-head forms have 4 only.
         blocks: self-attention blocks to average, None for all.
         mirror: average with the mirrored image's map.
-        precision: of the backbone's arithmetic, "fp32" or "bf16"; maps are taken in fp32 in both.
+        precision: of the backbone's arithmetic, "fp32", "bf16" or "fp16"; maps are taken in fp32 in all of them. A
+            backbone that was opened in half precision is used as it is, and its precision must be said here.
         seed: of the noise ε.
     """
 
@@ -56,6 +61,7 @@ class TeacherSettings:
     timesteps: tuple[float, ...] | None = None
     stride: int = 100
     window: tuple[float, float] = (0.1, 0.6)
+    criterion: str = "kl"
     iep_rows: int | None = None
     trajectory: str = "noising"
     form: str = "mean"
@@ -67,18 +73,17 @@ class TeacherSettings:
 
     def check(self) -> None:
         """Raise ArgumentError naming the setting that is out of its range."""
-        if self.size < PixelBackbone.min_size:
-            raise ArgumentError(f"size must be at least {PixelBackbone.min_size} px, got {self.size}.")
-        if self.tile is not None and (self.tile < PixelBackbone.min_size or self.tile % PixelBackbone.multiple_of):
-            raise ArgumentError(f"tile must be a multiple of 8 px from 64, got {self.tile}.")
+        if self.size < LEAST_SIZE:
+            raise ArgumentError(f"size must be at least {LEAST_SIZE} px, got {self.size}.")
         if self.timesteps is not None and not (self.timesteps and all(0 <= t < 1 for t in self.timesteps)):
             raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
         if self.trajectory not in TRAJECTORIES:
             raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
+        if self.criterion not in CRITERIA:
+            raise ArgumentError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
         if self.form not in FORMS:
             raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise ArgumentError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        torch_dtype(self.precision)
         if self.blocks == ():
             raise ArgumentError("blocks must name at least one block, or be None for all.")
         if self.iep_rows is not None and self.iep_rows < 1:
@@ -117,7 +122,7 @@ class Teacher:
         ArgumentError: a setting is out of its range, or the backbone has no such block.
     """
 
-    def __init__(self, backbone: PixelBackbone, settings: TeacherSettings | None = None) -> None:
+    def __init__(self, backbone: Backbone, settings: TeacherSettings | None = None) -> None:
         self.backbone = backbone.eval()
         self.settings = settings or TeacherSettings()
         self.settings.check()
@@ -125,6 +130,20 @@ class Teacher:
         if self.settings.blocks is not None and not all(0 <= block <= last for block in self.settings.blocks):
             raise ArgumentError(f"blocks must lie in 0 … {last} for this backbone, got {self.settings.blocks}.")
         self._blocks = self.settings.blocks or tuple(range(last + 1))
+        self._check_against_backbone()
+
+    def _check_against_backbone(self) -> None:
+        size, tile, precision = self.settings.size, self.settings.tile, self.settings.precision
+        least, step = self.backbone.min_size, self.backbone.multiple_of
+        if size < least:
+            raise ArgumentError(f"size must be at least {least} px for this backbone, got {size}.")
+        if tile is not None and (tile < least or tile % step):
+            raise ArgumentError(f"tile must be a multiple of {step} px from {least} for this backbone, got {tile}.")
+        if self.backbone.dtype not in (torch.float32, torch_dtype(precision)):
+            raise ArgumentError(
+                f"The backbone's weights are {self.backbone.dtype}, but precision is {precision}. Open it with "
+                f"precision={precision!r}, or change the setting."
+            )
 
     def annotate(self, rgb: NDArray[np.uint8]) -> Annotation:
         """Edges of one image, uint8 [H, W, 3] RGB. The same image and seed give the same answer."""
@@ -136,130 +155,162 @@ class Teacher:
 
         Each image has the same ε, its own curve and its own t*. Arithmetic on batches of another size may differ in
         the last bit, so equal bytes need equal batches.
+
+        Raises:
+            OutOfMemoryError: the device's memory does not hold it; says what to lower.
+            ArgumentError: the attention overflows in this precision.
         """
-        images = torch.cat(list(prepared))
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return self._annotate(images)
+        failure = None
+        try:
+            return self._annotate(torch.cat(list(prepared)))
+        except torch.OutOfMemoryError as error:
+            failure = str(error).partition(".")[0]
+        # Outside of the except block, so that the traceback no longer holds the tensors.
+        torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"{failure} ({self.backbone.family} at {self.settings.size} px). Lower --batch or --size, read in windows "
+            "(--tile), take the KL on fewer rows (--iep-rows 256), or open the backbone with --precision bf16 or "
+            "--offload."
+        )
 
     def _annotate(self, images: Tensor) -> list[Annotation]:
-        noise = self.noise_like(images)
-        views = [images, images.flip(-1)] if self.settings.mirror else [images]
         found: list[Emergence | None]
-        if self.settings.timesteps is None:
-            curve = self._curve(images, noise)
-            maps = [self._divergence_at(view, noise, curve) for view in views]
-            found = list(curve.read())
-        else:
-            maps = [self._divergences(view, noise, self.settings.timesteps) for view in views]
-            found = [None] * len(images)
+        with self._arithmetic():
+            seen = [images, images.flip(-1)] if self.settings.mirror else [images]
+            views = [self.backbone.encode(view) for view in seen]
+            noise = self.noise_like(views[0])
+            if self.settings.timesteps is None:
+                curve = self._curve(views[0], noise)
+                maps = [self._divergence_at(view, noise, curve) for view in views]
+                found = list(curve.read())
+            else:
+                maps = [self._divergences(view, noise, self.settings.timesteps) for view in views]
+                found = [None] * len(images)
         annotations = []
         for index, emergence in enumerate(found):
             divergence = maps[0][index]
             if self.settings.mirror:
                 divergence = ((divergence + maps[1][index][:, ::-1]) / 2).astype(np.float32)
-            labels, rule = ternary_labels(divergence)
             timesteps = (emergence.t_star,) if emergence else self.settings.timesteps or ()
+            if not np.isfinite(divergence).all():
+                raise ArgumentError(
+                    f"The backbone's attention is not finite at t = {timesteps}: its arithmetic overflows in "
+                    f"{self.settings.precision}. Take --precision bf16 or fp32."
+                )
+            labels, rule = ternary_labels(divergence)
             annotations.append(Annotation(divergence, labels, rule, timesteps, emergence))
         return annotations
 
+    def _arithmetic(self) -> torch.autocast:
+        """Autocast for weights in fp32; those in half precision compute in it anyway."""
+        wanted = torch_dtype(self.settings.precision)
+        enabled = self.backbone.dtype == torch.float32 != wanted
+        return torch.autocast(self.backbone.device.type, wanted if enabled else None, enabled=enabled)
+
     def prepare(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, sides multiples of 8."""
+        """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, on the backbone's device."""
         multiple, least = self.backbone.multiple_of, self.backbone.min_size
         scale = self.settings.size / max(rgb.shape[:2])
         height, width = (max(least, round(side * scale / multiple) * multiple) for side in rgb.shape[:2])
         resized = np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
-        device = next(self.backbone.parameters()).device
-        return torch.from_numpy(resized).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return torch.from_numpy(resized).to(self.backbone.device).permute(2, 0, 1)[None].float() / 127.5 - 1
 
-    def noise_like(self, images: Tensor) -> Tensor:
-        """The fixed ε of every image's trajectory; drawn on the CPU so that every device sees the same."""
+    def noise_like(self, clean: Tensor) -> Tensor:
+        """The fixed ε of every trajectory from X_0; drawn on the CPU so that every device sees the same."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        return torch.randn(images[:1].shape, generator=generator).to(images.device).expand_as(images)
+        return torch.randn(clean[:1].shape, generator=generator).to(clean.device).expand_as(clean)
 
-    def trajectory(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> list[tuple[float, Tensor]]:
-        """(t, X_t) for each timestep."""
-        return list(TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise))
+    def trajectory(self, clean: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> list[tuple[float, Tensor]]:
+        """(t, X_t) for each timestep, from X_0 (`backbone.encode` of an image)."""
+        return list(TRAJECTORIES[self.settings.trajectory](self.backbone, clean, timesteps, noise))
+
+    def grid(self, x_t: Tensor) -> tuple[int, int]:
+        """(H, W) of the finest self-attention for X_t [B, C, h, w], in tokens."""
+        side = self.backbone.latent_side
+        return self.backbone.token_grid((x_t.shape[-2] * side, x_t.shape[-1] * side))
 
     def attention(self, x_t: Tensor, t: float, rows: Tensor | None = None) -> Tensor:
         """log₂ SA(X_t), mean over heads and blocks: [B, N, N], or [B, R, N] of the rows asked for."""
-        average = AttentionAverage(self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1])), self._blocks, rows)
+        average = AttentionAverage(self.grid(x_t), self._blocks, rows)
         self.backbone(x_t, t, average.add)
         return average.log2_mean()
 
-    def emergence(self, images: Tensor, noise: Tensor) -> Emergence:
-        """The KL curve of one image [1, 3, H, W] over the schedule, and t*; two maps a window are held at a time."""
-        return self._curve(images, noise).read()[0]
+    def emergence(self, clean: Tensor, noise: Tensor) -> Emergence:
+        """The KL curve of one X_0 [1, C, h, w] over the schedule, and t*; two maps a window are held at a time."""
+        return self._curve(clean, noise).read()[0]
 
-    def _curve(self, images: Tensor, noise: Tensor) -> _Curve:
-        count = len(images)
-        images, noise = self._cut(images), self._cut(noise)
+    def _curve(self, clean: Tensor, noise: Tensor) -> _Curve:
+        count = len(clean)
+        clean, noise = self._cut(clean), self._cut(noise)
         timesteps = schedule(self.settings.stride)
         inside = search_window(timesteps[1:], self.settings.window)
-        grid = self.backbone.token_grid((images.shape[-2], images.shape[-1]))
-        rows = row_sample(grid[0] * grid[1], self.settings.iep_rows, images.device)
+        grid = self.grid(clean)
+        rows = row_sample(grid[0] * grid[1], self.settings.iep_rows, clean.device)
         kl: list[Tensor] = []
         previous: Tensor | None = None
-        for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, images, timesteps, noise):
+        for t, x_t in TRAJECTORIES[self.settings.trajectory](self.backbone, clean, timesteps, noise):
             current = self.attention(x_t, t, rows)
             if previous is not None:
-                kl.append(temporal_kl(previous, current).view(-1, count).mean(0))
+                kl.append(CRITERIA[self.settings.criterion](previous, current, grid).view(-1, count).mean(0))
             previous = current
         return _Curve(timesteps[1:], torch.stack(kl), inside)
 
-    def _divergence_at(self, images: Tensor, noise: Tensor, curve: _Curve) -> NDArray[np.float32]:
-        """ABDiv [B, h, w] of images at their curves' t*, which the host need not know for it."""
-        steps = self.trajectory(self._cut(images), self._cut(noise), curve.candidates)
-        x_steps = torch.stack([x_t for _, x_t in steps])  # [steps, windows · B, 3, h, w]
-        best = curve.best.repeat(x_steps.shape[1] // len(images))
+    def _divergence_at(self, clean: Tensor, noise: Tensor, curve: _Curve) -> NDArray[np.float32]:
+        """ABDiv [B, H, W] of each X_0 at its curve's t*, which the host need not know for it."""
+        steps = self.trajectory(self._cut(clean), self._cut(noise), curve.candidates)
+        x_steps = torch.stack([x_t for _, x_t in steps])  # [steps, windows · B, C, h, w]
+        best = curve.best.repeat(x_steps.shape[1] // len(clean))
         x_star = x_steps[best, torch.arange(len(best), device=best.device)]
-        t_star = images.new_tensor(curve.candidates).index_select(0, best)
-        return self._join(self._abdiv_at(x_star, t_star), images)
+        t_star = clean.new_tensor(curve.candidates).index_select(0, best)
+        return self._join(self._abdiv_at(x_star, t_star), clean)
 
-    def divergence(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
-        """ABDiv of one image [1, 3, H, W]: float32 [h, w] over its tokens.
+    def divergence(self, clean: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
+        """ABDiv of one X_0 [1, C, h, w]: float32 [H, W] over its tokens.
 
         In nats at one timestep; of several, the mean of their maps, each divided by its own mean.
         """
-        one: NDArray[np.float32] = self._divergences(images, noise, timesteps)[0]
+        one: NDArray[np.float32] = self._divergences(clean, noise, timesteps)[0]
         return one
 
-    def _divergences(self, images: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
-        steps = self.trajectory(self._cut(images), self._cut(noise), timesteps)
-        maps = [self._join(self._abdiv_at(x_t, t), images) for t, x_t in steps]
+    def _divergences(self, clean: Tensor, noise: Tensor, timesteps: tuple[float, ...]) -> NDArray[np.float32]:
+        steps = self.trajectory(self._cut(clean), self._cut(noise), timesteps)
+        maps = [self._join(self._abdiv_at(x_t, t), clean) for t, x_t in steps]
         if len(maps) == 1:
             return maps[0]
         scaled = [[m / max(float(m.mean()), 1e-12) for m in of_images] for of_images in maps]
         mean: NDArray[np.float32] = np.mean(scaled, axis=0, dtype=np.float32)
         return mean
 
-    def _windows(self, images: Tensor) -> tuple[list[Window], int]:
-        """The windows of an image in pixels, and their overlap."""
-        height, width = images.shape[-2:]
-        tile, step = self.settings.tile or max(height, width), self.backbone.multiple_of
+    def _windows(self, clean: Tensor) -> tuple[list[Window], int]:
+        """The windows of X_0 in its cells, and their overlap."""
+        height, width = clean.shape[-2:]
+        side, step = self.backbone.latent_side, self.backbone.multiple_of // self.backbone.latent_side
+        tile = self.settings.tile // side if self.settings.tile else max(height, width)
         overlap = tile // 4 // step * step
         return tiles(height, width, tile, overlap, step), overlap
 
-    def _cut(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] as their windows: [windows · B, 3, h, w], each window of all images in turn."""
-        windows, _ = self._windows(images)
-        return torch.cat([images[..., window.slices[0], window.slices[1]] for window in windows])
+    def _cut(self, clean: Tensor) -> Tensor:
+        """X_0 [B, C, h, w] as its windows: [windows · B, C, h, w], each window of all images in turn."""
+        windows, _ = self._windows(clean)
+        return torch.cat([clean[..., window.slices[0], window.slices[1]] for window in windows])
 
-    def _join(self, maps: Tensor, images: Tensor) -> NDArray[np.float32]:
-        """Maps over the tokens of the windows that `_cut` gives as maps over those of the images: [B, h, w]."""
-        windows, overlap = self._windows(images)
-        step = self.backbone.multiple_of
+    def _join(self, maps: Tensor, clean: Tensor) -> NDArray[np.float32]:
+        """Maps over the tokens of the windows that `_cut` gives as maps over those of the whole: [B, H, W]."""
+        windows, overlap = self._windows(clean)
+        step = self.backbone.token_side // self.backbone.latent_side
         tokens = [Window(*(side // step for side in window)) for window in windows]
-        grid = self.backbone.token_grid((images.shape[-2], images.shape[-1]))
-        values, count = maps.detach().float().cpu().numpy(), len(images)
+        values, count = maps.detach().float().cpu().numpy(), len(clean)
         return np.stack(
-            [blend(zip(tokens, values[i::count], strict=True), *grid, overlap // step) for i in range(count)]
+            [
+                blend(zip(tokens, values[i::count], strict=True), *self.grid(clean), overlap // step)
+                for i in range(count)
+            ]
         )
 
     def _abdiv_at(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         boundary: MeanBoundary | PerHeadBoundary
         if self.settings.form == "mean":
-            grid = self.backbone.token_grid((x_t.shape[-2], x_t.shape[-1]))
-            boundary = MeanBoundary(grid, self._blocks, self.settings.neighbourhood)
+            boundary = MeanBoundary(self.grid(x_t), self._blocks, self.settings.neighbourhood)
         else:
             boundary = PerHeadBoundary(self._blocks, logs=self.settings.form == "log-per-head")
         self.backbone(x_t, t, boundary.add)

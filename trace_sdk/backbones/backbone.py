@@ -1,0 +1,104 @@
+"""What the teacher and the student need of a backbone: an image and t in, self-attention out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from trace_sdk.backbones.noising import Noising
+from trace_sdk.backbones.tap import SelfAttention
+
+OnAttention = Callable[[SelfAttention], None]
+
+
+class Backbone(Protocol):
+    """A frozen denoiser. Images are float [B, 3, H, W] in [−1, 1], RGB; t is in [0, 1], see `noising`.
+
+    X_t is what the denoiser sees: the pixels themselves, or latents [B, C, h, w].
+    """
+
+    @property
+    def family(self) -> str:
+        """Its name, as `trace_sdk.backbones.registry.families` lists it."""
+        ...
+
+    @property
+    def multiple_of(self) -> int:
+        """Sides of images are multiples of it, in pixels."""
+        ...
+
+    @property
+    def min_size(self) -> int:
+        """Shortest side of an image, in pixels."""
+        ...
+
+    @property
+    def latent_side(self) -> int:
+        """Side of one cell of X_t, in pixels; 1 where X_t is the image."""
+        ...
+
+    @property
+    def token_side(self) -> int:
+        """Side of a token of the finest self-attention, in pixels; a multiple of `latent_side`."""
+        ...
+
+    @property
+    def self_attention_blocks(self) -> int:
+        """Number of self-attention calls in one forward pass."""
+        ...
+
+    @property
+    def total_heads(self) -> int:
+        """Heads of all these calls together."""
+        ...
+
+    @property
+    def noising(self) -> Noising:
+        """How it was noised in training."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """sha256 of all that determines its answers."""
+        ...
+
+    def eval(self) -> Self:
+        """Evaluation mode."""
+        ...
+
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of an image in pixels → (H, W) of the finest self-attention in tokens."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → X_0, float32. The same image gives the same X_0. Raises ArgumentError for a size it can't take."""
+        ...
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        on_attention: OnAttention | None = None,
+        *,
+        share_softmax: bool = False,
+    ) -> Tensor:
+        """Denoise once with the null prompt → the network's answer, of the shape of X_t; see `noising`.
+
+        Args:
+            on_attention: shown every self-attention call on the way; see `SelfAttentionTap`.
+            share_softmax: see `SelfAttentionTap`.
+        """
+        ...

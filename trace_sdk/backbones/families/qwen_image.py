@@ -1,0 +1,65 @@
+"""Qwen-Image: FLUX's packing with a VAE made for video, whose one frame is the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_sdk.backbones.latent import LatentBackbone, pack, unpack
+from trace_sdk.backbones.prompts import Prompt
+
+
+class QwenImage(LatentBackbone):
+    """`QwenImageTransformer2DModel`; joint attention over [text, image]."""
+
+    family = "qwen-image"
+    architecture = "QwenImageTransformer2DModel"
+    vaes = ("AutoencoderKLQwenImage",)
+    self_attention = r"\.attn$"
+
+    @classmethod
+    def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
+        return {"tokens": torch.zeros(1, 6, config["joint_attention_dim"])}  # the template without any words
+
+    @classmethod
+    def encode_prompt(cls, pipeline: Any, prompt: str) -> Prompt:
+        # With one prompt there is no padding, so no mask is needed.
+        return {"tokens": pipeline.encode_prompt(prompt)[0]}
+
+    def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
+        batch, _, height, width = x_t.shape
+        answer = self.denoiser(
+            hidden_states=pack(x_t),
+            encoder_hidden_states=prompt["tokens"],
+            timestep=t,
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            return_dict=False,
+        )[0]
+        return unpack(answer, (height, width))
+
+    def posterior_mean(self, images: Tensor) -> Tensor:
+        return super().posterior_mean(images[:, :, None])[:, :, 0]
+
+    def scale(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        mean, deviation = (latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
+        scaled: Tensor = (latents - mean) / deviation
+        return scaled
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.denoiser.config.in_channels) // 4
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.z_dim)
+
+    @property
+    def latent_side(self) -> int:
+        return int(2 ** len(self.vae.config.temperal_downsample))
+
+    @property
+    def cells_per_token(self) -> int:
+        return 2

@@ -1,0 +1,42 @@
+"""Stable Diffusion 3 and 3.5, medium (with image-only attention beside the joint one) and large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_sdk.backbones.latent import LatentBackbone
+from trace_sdk.backbones.prompts import Prompt
+
+
+class StableDiffusion3(LatentBackbone):
+    """`SD3Transformer2DModel`; joint attention over [image, text]."""
+
+    family = "sd3"
+    architecture = "SD3Transformer2DModel"
+    self_attention = r"\.attn2?$"
+    image_first = True
+
+    @classmethod
+    def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
+        return {
+            "tokens": torch.zeros(1, 77 + 256, config["joint_attention_dim"]),  # CLIP's and T5's
+            "pooled": torch.zeros(1, config["pooled_projection_dim"]),
+        }
+
+    @classmethod
+    def encode_prompt(cls, pipeline: Any, prompt: str) -> Prompt:
+        tokens, _, pooled, _ = pipeline.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
+        return {"tokens": tokens, "pooled": pooled}
+
+    def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
+        answer: Tensor = self.denoiser(
+            x_t, prompt["tokens"], prompt["pooled"], self.noising.timestep(t), return_dict=False
+        )[0]
+        return answer
+
+    @property
+    def most_tokens(self) -> int:
+        return int(self.denoiser.config.pos_embed_max_size)

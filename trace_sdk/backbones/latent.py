@@ -1,0 +1,321 @@
+"""A latent diffusion model as diffusers stores it: VAE, denoiser, noising rule and null prompt.
+
+A family is a subclass in `families/`: what its denoiser is called with, and where the image lies in its attention.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import abstractmethod
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trace_sdk.backbones.backbone import OnAttention
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.device import torch_dtype
+from trace_sdk.backbones.noising import Noising, noising_of
+from trace_sdk.backbones.prompts import Prompt, null_prompt
+from trace_sdk.backbones.tap import SelfAttentionTap
+from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
+
+LEAST_TOKENS = 8  # a side, below which ABDiv says nothing
+TILED_FROM = 1024  # pixels: the VAE reads larger images in tiles
+WEIGHTS = "diffusion_pytorch_model"
+
+
+class LatentBackbone(nn.Module):
+    """One family of latent diffusion models; see `Backbone` for what it does.
+
+    Class attributes, to be set by the family:
+        family: its name.
+        architecture: diffusers class of the denoiser, by which model_index.json chooses the family.
+        part: folder of the denoiser.
+        vaes: diffusers classes of its VAE.
+        self_attention: regular expression for the names of the modules that attend among image tokens.
+        image_first: image tokens come before the text's in joint attention, else after them.
+    """
+
+    family: ClassVar[str]
+    architecture: ClassVar[str]
+    part: ClassVar[str] = "transformer"
+    vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
+    self_attention: ClassVar[str]
+    image_first: ClassVar[bool] = False
+    denoiser: Any
+    vae: Any
+
+    def __init__(self, denoiser: Any, vae: Any, noising: Noising, prompt: Prompt, identity: str) -> None:
+        super().__init__()
+        self.denoiser, self.vae, self.noising, self.identity = denoiser, vae, noising, identity
+        self._prompt_names = tuple(prompt)
+        for name, value in prompt.items():
+            self.register_buffer(f"prompt_{name}", value, persistent=False)
+        named = re.compile(self.self_attention)
+        self._attending = [module for name, module in denoiser.named_modules() if named.search(name)]
+        if self.in_channels != self.latent_channels:
+            raise CheckpointError(
+                f"This {self.family} model takes {self.in_channels} channels, its VAE gives {self.latent_channels}: "
+                "a variant for inpainting or control. Give the text-to-image one."
+            )
+
+    @classmethod
+    def matches(cls, config: dict[str, Any]) -> bool:
+        """Whether a denoiser of this architecture with this config.json is of the family."""
+        return True
+
+    @classmethod
+    @abstractmethod
+    def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
+        """Zeros in the place of the text encoders' answer, batch of 1, from the denoiser's config.json."""
+
+    @classmethod
+    @abstractmethod
+    def encode_prompt(cls, pipeline: Any, prompt: str) -> Prompt:
+        """The text encoders' answer, batch of 1, by the model's own diffusers pipeline."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
+        """The denoiser's answer to X_t [B, C, h, w] and t [B], all in the denoiser's dtype, of the shape of X_t."""
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str, precision: str, offload: bool) -> Self:
+        """Read a diffusers folder: denoiser in `precision`, the VAE's encoder in fp32.
+
+        Raises:
+            CheckpointError: a part is missing, corrupt, pickled or of another kind.
+            OutOfMemoryError: the weights don't fit.
+        """
+        import diffusers
+
+        dtype, device = torch_dtype(precision), torch.device(device)
+        config, vae_config = read_config(folder, cls.part), read_config(folder, "vae")
+        name = vae_config.get("_class_name")
+        if name not in cls.vaes:
+            raise CheckpointError(f"{folder / 'vae'} is a {name}; {cls.family} takes {' or '.join(cls.vaes)}.")
+        for part in (cls.part, "vae"):
+            refuse_pickle(folder / part)
+        noising = noising_of(read_config(folder, "scheduler", "scheduler_config.json"))
+        # Text encoders come and go before the denoiser needs the memory.
+        prompt = null_prompt(cls, folder, config, torch.device("cpu") if offload else device, dtype)
+        vae = read_part(getattr(diffusers, name), folder / "vae", torch.float32)
+        vae.decoder = nn.Identity()  # never used, half of the weights
+        vae.enable_slicing()
+        denoiser = read_part(getattr(diffusers, cls.architecture), folder / cls.part, dtype)
+        backbone = cls(denoiser, vae, noising, prompt, identity_of(folder, cls.part, prompt))
+        backbone.eval().requires_grad_(False)
+        failure = None
+        try:
+            if offload:
+                backbone.vae.to(device)
+                for buffer in backbone.buffers(recurse=False):
+                    buffer.data = buffer.data.to(device)
+                denoiser.enable_group_offload(
+                    onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level",
+                    use_stream=device.type == "cuda",
+                )  # fmt: skip
+            else:
+                backbone.to(device)
+        except torch.OutOfMemoryError as error:
+            failure = str(error).partition(".")[0]
+        if failure:
+            size = sum(value.numel() * value.element_size() for value in denoiser.parameters())
+            raise OutOfMemoryError(
+                f"The {cls.family} denoiser takes {size / 2**30:.1f} GiB as {precision}, more than {device} has free. "
+                "Give --precision bf16, or --offload, which keeps the weights in the computer's memory."
+            )
+        return backbone
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the denoiser takes."""
+        return int(self.denoiser.config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of X_0."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def latent_side(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def cells_per_token(self) -> int:
+        """Side of a token of the finest self-attention in cells of X_t."""
+        return int(self.denoiser.config.patch_size)
+
+    @property
+    def token_side(self) -> int:
+        return self.latent_side * self.cells_per_token
+
+    @property
+    def multiple_of(self) -> int:
+        return self.token_side
+
+    @property
+    def min_size(self) -> int:
+        return -(-LEAST_TOKENS * self.token_side // self.multiple_of) * self.multiple_of
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Longest side of an image in tokens, where the model has learnt positions; None for any."""
+        return None
+
+    @property
+    def self_attention_blocks(self) -> int:
+        return len(self._attending)
+
+    @property
+    def total_heads(self) -> int:
+        return sum(int(module.heads) for module in self._attending)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self.vae.parameters()).device  # the denoiser's may be elsewhere, offloaded
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = next(self.denoiser.parameters()).dtype
+        return found
+
+    @property
+    def prompt(self) -> Prompt:
+        """The null prompt's embeddings, batch of 1, by name."""
+        return {name: getattr(self, f"prompt_{name}") for name in self._prompt_names}
+
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // self.token_side, size[1] // self.token_side
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → X_0: the VAE's mean, scaled as the denoiser was trained; always in fp32, which it may need."""
+        self._check_size(images.shape[-2], images.shape[-1])
+        self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
+        with torch.autocast(images.device.type, enabled=False):
+            return self.scale(self.posterior_mean(images.float()))
+
+    def posterior_mean(self, images: Tensor) -> Tensor:
+        """The VAE's answer, before scaling."""
+        mean: Tensor = self.vae.encode(images).latent_dist.mode()
+        return mean
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """The VAE's answer → X_0."""
+        config = self.vae.config
+        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return scaled
+
+    def image_tokens(self, queries: int, latents: tuple[int, int]) -> tuple[slice, tuple[int, int]]:
+        """Where the image's tokens lie in a call of so many queries, and their grid, for X_t of that size."""
+        grid = latents[0] // self.cells_per_token, latents[1] // self.cells_per_token
+        count = grid[0] * grid[1]
+        return slice(0, count) if self.image_first else slice(queries - count, queries), grid
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        on_attention: OnAttention | None = None,
+        *,
+        share_softmax: bool = False,
+    ) -> Tensor:
+        batch, (height, width) = x_t.shape[0], x_t.shape[-2:]
+        times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
+        prompt = {
+            name: (value.to(self.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
+            for name, value in self.prompt.items()
+        }
+        with ExitStack() as stack:
+            if on_attention is not None:
+                running: list[nn.Module] = []
+                for module in self._attending:
+                    # What tells self-attention from the rest is the module that calls, not how many keys there are.
+                    stack.enter_context(module.register_forward_pre_hook(lambda module, _: running.append(module)))
+                    stack.enter_context(module.register_forward_hook(lambda *_: running.clear()))
+                tap = SelfAttentionTap(
+                    on_attention,
+                    lambda queries, keys: self.image_tokens(queries, (height, width)) if running else None,
+                    share_softmax=share_softmax,
+                )
+                stack.enter_context(tap)
+            answer = self.denoise(x_t.to(self.dtype), times, prompt)
+        return answer.float()
+
+    def _check_size(self, height: int, width: int) -> None:
+        step, least = self.multiple_of, self.min_size
+        if height % step or width % step or min(height, width) < least:
+            raise ArgumentError(
+                f"{self.family} takes sides that are multiples of {step} from {least}; got {height}×{width}. "
+                "Pad or resize the image first."
+            )
+        most = self.most_tokens
+        if most is not None and max(height, width) > most * self.token_side:
+            raise ArgumentError(
+                f"{self.family} has learnt positions up to {most * self.token_side} px; got {height}×{width}. "
+                "Lower --size, or read the image in windows (--tile)."
+            )
+
+
+def pack(x_t: Tensor) -> Tensor:
+    """Latents [B, C, h, w] → tokens of 2×2 cells [B, h·w/4, 4C], row by row, as the FLUX models take them."""
+    return F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, latents: tuple[int, int]) -> Tensor:
+    """What `pack` did, undone, for latents of that size."""
+    return F.pixel_shuffle(tokens.mT.reshape(len(tokens), -1, latents[0] // 2, latents[1] // 2), 2)
+
+
+def read_config(folder: Path, part: str, file: str = "config.json") -> dict[str, Any]:
+    """A part's configuration. Raises CheckpointError if it isn't there or isn't JSON."""
+    path = folder / part / file
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {part}/{file}, which this model needs. Give a whole diffusers folder "
+            "(pipeline.save_pretrained writes one)."
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a diffusers config.")
+    return config
+
+
+def read_part(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model from its folder, whole or in shards; of several variants the one without a name, else fp16, else bf16.
+
+    Raises CheckpointError.
+    """
+    variant = next((v for v in (None, "fp16", "bf16") if has_variant(folder, v)), None)
+    try:
+        return architecture.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
+        raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
+
+
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether a part has weights of this variant, whole or the index of its shards."""
+    dotted = f".{variant}" if variant else ""
+    names = f"{WEIGHTS}{dotted}.safetensors", f"{WEIGHTS}.safetensors.index{dotted}.json"
+    return any((folder / name).is_file() for name in names)
+
+
+def identity_of(folder: Path, part: str, prompt: Prompt) -> str:
+    """sha256 over the denoiser's and the VAE's weights and the null prompt."""
+    digest = hashlib.sha256()
+    for name in (part, "vae"):
+        digest.update(sha256_of_folder(folder / name).encode())
+    for name, value in sorted(prompt.items()):
+        digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
