@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_seal
-from trace_sdk.engines.plan import Built, pack, unpack
+from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
 from trace_sdk.engines.tensorrt import PACKAGES, check_built, gpu_name, load_package
 from trace_sdk.errors import ArgumentError, EngineError
 from trace_sdk.export.any_size import need_onnx
@@ -60,7 +60,7 @@ def build(
             "was made of; EdgeDetector scales."
         )
     package = load_package(runtime)
-    gpu = gpu_name(device) if runtime == "tensorrt" else ""
+    gpu = gpu_name(device) if runtime == "tensorrt" else ANY_GPU
     best = padded_length(manifest.default_size, manifest.multiple_of, manifest.min_size)
     profile = {
         name: [batch, side, side, 3]
@@ -88,7 +88,7 @@ def build_once(engine: bytes, source: str, runtime: str, *, device: int = 0) -> 
         try:
             data = file.read_bytes()
             _, built, _, _ = unpack(data, str(file))
-            gpu = gpu_name(device) if built.gpu else ""
+            gpu = gpu_name(device) if built.gpu != ANY_GPU else ""
             check_built(built, load_package(runtime).__version__, gpu, str(file))
             return data, "from the cache"
         except (OSError, EngineError) as error:

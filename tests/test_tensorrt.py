@@ -15,7 +15,7 @@ from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
 from trace_sdk.engines import onnx, read_engine, tensorrt
 from trace_sdk.engines.manifest import Manifest
-from trace_sdk.engines.plan import Built, pack, unpack
+from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
 from trace_sdk.engines.tensorrt import check_built
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
 from trace_sdk.export.any_size import take_any_size
@@ -72,7 +72,7 @@ def test_a_mismatch_says_so_and_how_to_build_again(version: str, gpu: str, messa
 
 
 def test_plans_for_any_gpu_are_not_refused_for_theirs() -> None:
-    check_built(dataclasses.replace(BUILT, gpu=""), "10.9.0", "NVIDIA L4 (8.9)", "e.engine")
+    check_built(dataclasses.replace(BUILT, gpu=ANY_GPU), "10.9.0", "NVIDIA L4 (8.9)", "e.engine")
 
 
 def test_opening_a_plan_without_its_runtime(
@@ -114,7 +114,7 @@ def test_a_plan_is_built_without_a_gpu(tiny_engine: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     manifest, built, plan, sha256 = unpack(out.read_bytes(), "tiny.engine")
     assert manifest.name == "tiny" and len(plan) > 10_000 and len(sha256) == 64
-    assert built.runtime_version == tensorrt.load_package("tensorrt-rtx").__version__ and built.gpu == ""
+    assert built.runtime_version == tensorrt.load_package("tensorrt-rtx").__version__ and built.gpu == ANY_GPU
     assert built.profile == {"min": [1, 16, 16, 3], "opt": [1, 128, 128, 3], "max": [8, 1024, 1024, 3]}
     assert built.onnx_sha256 == EdgeDetector(tiny_engine).info["engine_sha256"]
     said = CliRunner().invoke(main, ["info", f"{out}", "--json"])

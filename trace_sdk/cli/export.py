@@ -14,7 +14,13 @@ from trace_sdk.engines import BUNDLED, read_engine
 
 @click.command("export", short_help="Turn a student into one engine file, checked against PyTorch.")
 @click.argument("source", metavar="STUDENT|ENGINE")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine file, ending in .onnx.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The engine file: .onnx, or .engine with --runtime.",
+)
 @click.option("--name", help="Name the engine gives itself.  [default: the file's]")
 @click.option(
     "--precision",
@@ -77,7 +83,7 @@ def command(
     answers: str,
     quality: Path | None,
 ) -> None:
-    """Write STUDENT as one .onnx file: weights and metadata inside, any size, any batch.
+    """Write STUDENT as one .onnx file: weights and metadata inside, any batch.
 
     The exported graph is run at sizes and batches it was not exported with; if an answer differs from PyTorch's
     by more than 1e-4, nothing is written. The file is sealed with its sha256, which is checked at every load.

@@ -146,7 +146,10 @@ def read_engine(engine: str | os.PathLike[str]) -> tuple[bytes, str]:
         return _read_bundled(name), name
     path = Path(name)
     if path.is_dir():
-        raise EngineError(f"{path} is a folder, and no student (it has no student.json). Give an engine, or a student.")
+        raise EngineError(
+            f"{path} is a folder, and no student: it has no student.json. Give the folder of a student, or an engine "
+            "that `trace-sdk export` made of one."
+        )
     if not path.exists():
         raise EngineError(_missing(name))
     if not path.is_file():

@@ -10,6 +10,7 @@ from trace_sdk.engines.manifest import Manifest, seal, verify_seal
 from trace_sdk.errors import EngineError
 
 MAGIC = b"trace-sdk plan 1\n"
+ANY_GPU = "any"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Built:
     Attributes:
         runtime: "tensorrt-rtx" or "tensorrt".
         runtime_version: of that package; a plan runs on no other.
-        gpu: name and compute capability of the GPU it was built on; "" for TensorRT-RTX, which builds for the RTX
+        gpu: name and compute capability of the GPU it was built on; ANY_GPU for TensorRT-RTX, which builds for the RTX
             GPUs that it knows and finishes the work on the GPU it meets.
         precision: of the ONNX file's weights and arithmetic, which TensorRT keeps.
         profile: shapes of `image`, [batch, height, width, 3]: smallest, best, largest.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.engines.answers import checked, halved_once
-from trace_sdk.engines.plan import Built, unpack
+from trace_sdk.engines.plan import ANY_GPU, Built, unpack
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
 
 # Runtime → modules that may hold it, and the line that installs it.
@@ -65,7 +65,7 @@ def check_built(built: Built, version: str, gpu: str, source: str) -> None:
             f"{source}: was built for {built.runtime} {built.runtime_version} {of}, here is {version}. "
             f"{rebuild_line(source, built)}"
         )
-    if built.gpu and gpu and built.gpu != gpu:
+    if built.gpu not in (ANY_GPU, gpu) and gpu:
         raise EngineError(f"{source}: was built for {built.gpu} {of}, here is {gpu}. {rebuild_line(source, built)}")
 
 
