@@ -328,5 +328,5 @@ def test_label_command_takes_any_family(open_tiny: Any, photos: Path, tmp_path: 
     label = load_label(tmp_path / "out" / "a.png.npz")
     assert label.labels.shape == (10, 12) and label.about["timesteps"]
     assert Image.open(tmp_path / "out" / "a.png.png").width > 800
-    refused = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "more"), "--size", "32"])
-    assert refused.exit_code == 2 and "size must be at least 64 px for this backbone" in refused.output
+    refused = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "more"), "--tile", "100"])
+    assert refused.exit_code == 2 and "tile must be a multiple of 8 px from 64 for this backbone" in refused.output

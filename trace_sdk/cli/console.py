@@ -24,7 +24,18 @@ PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress in a log
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
-_TRAIN = ("torch", "accelerate", "diffusers", "peft", "safetensors", "onnx", "onnxscript", "matplotlib")
+_TRAIN = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "huggingface_hub",
+    "peft",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "matplotlib",
+)
 _EVALUATE = ("scipy", "skimage", "pycocotools")
 _EXTRAS = {**dict.fromkeys(_TRAIN, "train"), **dict.fromkeys(_EVALUATE, "evaluate")}
 
