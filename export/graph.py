@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.model import Student
@@ -21,6 +22,7 @@ class EngineGraph(nn.Module):
     def __init__(self, student: AnyStudent, *, half_weights: bool) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).eval().requires_grad_(False)
+        fold_normalisation(self.student)
         if half_weights:
             for value in self.student.parameters():
                 value.copy_(value.half().float())
@@ -44,6 +46,16 @@ class _Constant(nn.Module):
     def forward(self, _: Tensor) -> Tensor:
         value: Tensor = self.value  # type: ignore[assignment]
         return value
+
+
+def fold_normalisation(model: nn.Module) -> None:
+    """Make each convolution and the batch normalisation that follows it one convolution."""
+    for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for index in range(len(layers) - 1):
+            convolution, normalisation = layers[index], layers[index + 1]
+            if isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d):
+                layers[index] = fuse_conv_bn_eval(convolution, normalisation)
+                layers[index + 1] = nn.Identity()
 
 
 def fold_timestep_zero(student: Student) -> None:

@@ -419,7 +419,7 @@ ENGINE_NAMES: list[tuple[Any, str]] = [
     ("missing.onnx", "no such engine file"),
     ("some/where", "no such engine file"),
     ("trace-smal", "Did you mean 'trace-small'?"),
-    ("TRACE-SMALL", "Bundled engines: trace-small"),
+    ("TRACE-SMALL", "Bundled engines: trace-nano, trace-small"),
     ("sobel", "No engine is called 'sobel'"),
     ("", "is a folder"),
     (".", "trace-sdk export"),

@@ -144,7 +144,7 @@ def test_too_little_memory_for_an_image(open_tiny: Any, monkeypatch: pytest.Monk
     photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "_abdiv_at", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA full")))
-        with pytest.raises(OutOfMemoryError, match=r"CUDA full \(sd3 at 64 px\)\. Lower --size"):
+        with pytest.raises(OutOfMemoryError, match=r"CUDA full \(sd3 at 64 px\)\. Lower --batch or --size"):
             teacher.annotate(photo)
     assert teacher.annotate(photo).labels.shape == (8, 8)
 
