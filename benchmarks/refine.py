@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation, distance_transform_edt
+from segmenters import AttentionCut, felzenszwalb, slic_merged
 
 from trace_sdk import EdgeDetector, EdgeMap, __version__
 from trace_sdk.atomic import write_text, write_whole
@@ -34,9 +35,6 @@ from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.instances import score_masks
 from trace_sdk.instances.coco import decode_mask, encode_mask
 from trace_sdk.instances.result import paint_masks
-
-sys.path.insert(0, str(Path(__file__).parent))
-from segmenters import AttentionCut, felzenszwalb, slic_merged
 
 Mask = NDArray[np.bool_]
 CANNY_THRESHOLDS = (0.92,)  # of its best ODS on these photos (quality-trace-small.json)
