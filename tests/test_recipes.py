@@ -216,3 +216,21 @@ def test_random_backbone_is_a_whole_folder(tmp_path: Path, monkeypatch: pytest.M
     run_script(monkeypatch, "random_backbone", tmp_path / "two")
     assert PixelBackbone.load(tmp_path / "one").self_attention_blocks == 8
     assert PixelBackbone.sha256(tmp_path / "one") == PixelBackbone.sha256(tmp_path / "two")
+
+
+def test_reliability_of_the_bundled_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a bright square nearly every pixel of high probability is on its outline."""
+    ids = np.zeros((160, 200), np.uint8)
+    ids[40:120, 50:150] = 1
+    Image.fromarray(np.array([[20, 30, 40], [230, 200, 60]], np.uint8)[ids]).save(tmp_path / "a.png")
+    Image.fromarray(ids).save(tmp_path / "a.ids.png")
+    monkeypatch.setattr(sys, "argv", ["reliability.py", str(tmp_path), str(tmp_path / "out.png")])
+    made = runpy.run_path(str(RECIPE.parent / "trace-nano" / "reliability.py"), run_name="__main__")
+    outline = np.zeros((64, 64), bool)
+    outline[20] = True
+    number, total, near = made["count"](np.where(outline, np.float32(0.95), np.float32(0)), outline)
+    assert number[9] == near[9] > 40 and total[9] == pytest.approx(0.95 * number[9])
+    assert (tmp_path / "out.png").stat().st_size > 5000
+    assert "lab-gradient" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def count(probability: NDArray[np.float32], truth: NDArray[np.bool_]) -> NDArray
     thinned = thin_ridges(probability)
     seen = thinned > 0
     distance = distance_transform_edt(~truth) if truth.any() else np.full(truth.shape, np.inf)
-    near = distance[seen] <= MAX_DIST * math.hypot(*truth.shape)
+    near = (distance[seen] <= MAX_DIST * math.hypot(*truth.shape)).astype(np.float64)
     values = thinned[seen]
     return np.stack([np.histogram(values, BINS, weights=weight)[0] for weight in (np.ones_like(values), values, near)])
 

@@ -146,7 +146,7 @@ class _Trainer:
                 for side in coarse
             ]
         ).mean()
-        (fine + COARSE * sides).backward()
+        (fine + COARSE * sides).backward()  # type: ignore[no-untyped-call]
         progress = self.step / self.settings.steps
         for group in self.optimizer.param_groups:
             cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2

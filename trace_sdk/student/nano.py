@@ -78,7 +78,7 @@ class NanoStudent(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """The finest edge logits alone, [B, H, W]."""
-        logits, _ = self(images)
+        logits: Tensor = self(images)[0]
         return logits
 
     def weights_sha256(self) -> str:
