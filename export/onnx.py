@@ -48,7 +48,7 @@ def export_onnx(
     *,
     name: str,
     precision: str = "fp16",
-    default_size: int = 512,
+    default_size: int | None = None,
     max_size: int = 768,
     photos: Sequence[Path] = (),
     calibration: str = "entropy",
@@ -63,7 +63,8 @@ def export_onnx(
     Args:
         precision: "fp32" or "fp16" weights, arithmetic in fp32; or "int8" weights and activations in each layer
             whose answers allow it, see `trace_sdk.export.int8`.
-        default_size: longest side in pixels that the network sees unless the caller says otherwise.
+        default_size: longest side in pixels that the network sees unless the caller says otherwise; None: the
+            student's own.
         max_size: longest side in one piece; larger images go by tiles.
         photos: for int8, pictures like those the engine will see; of more than 64, 64 evenly spread are taken.
         calibration: for int8, "entropy", "percentile" or "minmax".
@@ -80,6 +81,7 @@ def export_onnx(
         OutputError: the file cannot be written.
     """
     start = time.perf_counter()
+    default_size = default_size or student.default_size
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
     if (precision == "int8") != bool(photos):

@@ -162,6 +162,7 @@ def test_engine_answers_like_torch_at_any_size(engine: Path, student: NanoStuden
 def test_student_folder_runs_in_torch(student: NanoStudent, engine: Path, tmp_path: Path) -> None:
     student.save(tmp_path / "student", {})
     picture = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
+    assert EdgeDetector(tmp_path / "student").info["size"] == 512
     in_torch, exported = (EdgeDetector(where, size=96).run(picture) for where in (tmp_path / "student", engine))
     assert np.abs(in_torch.probability - exported.probability).max() < 2e-3
 

@@ -21,7 +21,7 @@ for part in scenes:448 photos:800; do
 done
 
 trace-sdk distill-nano "$work/nano/images" --labels "$work/nano/labels" --steps 1900 -o "$work/nano/student"
-trace-sdk export "$work/nano/student" -o "$work/trace-nano.onnx" --name trace-nano --default-size 512
+trace-sdk export "$work/nano/student" -o "$work/trace-nano.onnx" --name trace-nano
 
 python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"

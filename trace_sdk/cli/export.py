@@ -45,9 +45,8 @@ from trace_sdk.engines import BUNDLED, read_engine
 )
 @click.option(
     "--default-size",
-    default=448,
-    show_default=True,
-    help="Longest side in px that the network sees unless told otherwise.",
+    type=int,
+    help="Longest side in px that the network sees unless told otherwise.  [default: 448; of a nano student 512]",
 )
 @click.option(
     "--runtime",
@@ -77,7 +76,7 @@ def command(
     precision: str,
     photos: Path | None,
     calibration: str,
-    default_size: int,
+    default_size: int | None,
     runtime: str | None,
     any_size: bool,
     answers: str,

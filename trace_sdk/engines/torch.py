@@ -18,7 +18,7 @@ from trace_sdk.engines.answers import checked, halved_once
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.errors import EngineError, MissingExtraError
 
-DEFAULT_SIZE, MAX_SIZE = 448, 768  # as `trace-sdk export` has them
+MAX_SIZE = 768  # as `trace-sdk export` has it
 
 
 class TorchEngine:
@@ -73,7 +73,7 @@ class TorchEngine:
             multiple_of=student.multiple_of,
             min_size=student.min_size,
             max_size=MAX_SIZE,
-            default_size=DEFAULT_SIZE,
+            default_size=student.default_size,
             threshold=student.threshold,
             precision="fp32",
             opset=0,

@@ -43,6 +43,7 @@ class Student(nn.Module):
     """
 
     decoder_name = "stem-unet"
+    default_size = 448  # longest side that the network sees unless told otherwise, pixels
 
     def __init__(self, backbone: PixelBackbone, decoder: EdgeDecoder | None = None, threshold: float = 0.5) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ class NanoStudent(nn.Module):
 
     family = "convolutional"
     decoder_name = "side-outputs"
+    default_size = 512  # longest side that the network sees unless told otherwise, pixels
     multiple_of = 32
     min_size = 32
 
