@@ -45,6 +45,19 @@ def say_error(message: object) -> None:
     errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
 
 
+class BadEntries:
+    """What a command does with an entry that cannot be used: raise the error, or with --skip-bad say it and go on."""
+
+    def __init__(self, skip: bool) -> None:
+        self._skip, self.count = skip, 0
+
+    def __call__(self, error: TraceError) -> None:
+        if not self._skip:
+            raise error
+        self.count += 1
+        say_error(error)
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Turn what goes wrong inside the block into one line on stderr and an exit code.

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from trace_sdk.atomic import write_text, write_whole
-from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo
@@ -85,15 +85,7 @@ def command(
     from trace_sdk.instances.label_sets import read_label_set
     from trace_sdk.instances.panoptic import panoptic_content, read_semantic
 
-    bad = 0
-
-    def on_bad(error: InputError | DatasetError) -> None:
-        nonlocal bad
-        if not skip_bad:
-            raise error
-        bad += 1
-        say_error(error)
-
+    on_bad = BadEntries(skip_bad)
     start = time.perf_counter()
     known = read_label_set(labels)
     pairs: list[tuple[Path, Path]] = []
@@ -161,7 +153,7 @@ def command(
     count = sum(segment["category_id"] in things for segment in segments)
     output.print(
         f"{len(done)} pictures → {out / 'panoptic.json'}: {count} things, {len(segments) - count} stuff segments"
-        f"{f', {bad} bad left out' if bad else ''}; total {time.perf_counter() - start:.1f} s",
+        f"{f', {on_bad.count} bad left out' if on_bad.count else ''}; total {time.perf_counter() - start:.1f} s",
         markup=False,
         soft_wrap=True,
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trace_sdk.atomic import write_text
-from trace_sdk.cli.console import errors, output, progress, say_error
+from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts
 from trace_sdk.cli.photos import read_photo
 from trace_sdk.errors import ArgumentError, DatasetError, InputError
+from trace_sdk.pool import job_pool
 
 Answer = tuple[list[dict[str, Any]], list[DatasetError], float]
 
@@ -95,15 +94,7 @@ def command(
     from trace_sdk import __version__
     from trace_sdk.instances.predictions import read_predictions
 
-    bad = 0
-
-    def on_bad(error: InputError | DatasetError) -> None:
-        nonlocal bad
-        if not skip_bad:
-            raise error
-        bad += 1
-        say_error(error)
-
+    on_bad = BadEntries(skip_bad)
     start = time.perf_counter()
     predictions = read_predictions(masks, images, annotations, on_bad)
     if not predictions.images:
@@ -114,7 +105,7 @@ def command(
     edge_seconds = refine_seconds = 0.0
     given = fresh = done = 0
     try:
-        with progress("refine", total=len(predictions.images)) as advance, _pool(workers) as submit:
+        with progress("refine", total=len(predictions.images)) as advance, job_pool(_job, workers) as submit:
             waiting: deque[tuple[PredictedImage, str, Future[Answer] | None, Any]] = deque()
 
             def collect() -> None:
@@ -176,7 +167,7 @@ def command(
             "beyond the edges)"
         )
     kept = f", {done - fresh} were done already or have no masks" if done > fresh else ""
-    trouble = f", {bad} bad left out" if bad else ""
+    trouble = f", {on_bad.count} bad left out" if on_bad.count else ""
     output.print(
         f"{given} masks in {done} images → {len(refined)} in {out}{kept}{trouble}; "
         f"total {time.perf_counter() - start:.1f} s{speed}",
@@ -224,26 +215,6 @@ def _read_edge_map(folder: Path, threshold: float, photo: Path) -> EdgeMap:
     if edges.shape != rgb.shape[:2]:
         raise DatasetError(f"{file} is {list(edges.shape)}, its photo is {list(rgb.shape[:2])}. Write both alike.")
     return EdgeMap(edges, rgb, threshold)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Future[Answer]]]:
-    """A function like `_job` that answers with a future; with one worker it runs at once."""
-    if workers == 1:
-
-        def at_once(*arguments: Any) -> Future[Answer]:
-            future: Future[Answer] = Future()
-            future.set_result(_job(*arguments))
-            return future
-
-        yield at_once
-        return
-    # Forking a process that runs onnxruntime's threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield lambda *arguments: pool.submit(_job, *arguments)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _job(edges: EdgeMap, image: PredictedImage, file: Path, threshold: float | None) -> Answer:

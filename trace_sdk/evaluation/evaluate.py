@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from trace_sdk.evaluation.edges import (
 )
 from trace_sdk.evaluation.methods import EdgeFolder, Method
 from trace_sdk.evaluation.touching import Touching
+from trace_sdk.pool import job_pool
 
 _PROTOCOL = "2"  # part of every cache key; raise it when the counting changes
 
@@ -75,7 +74,7 @@ def evaluate(
         raise ArgumentError(f"workers is {workers}; give at least 1.")
     if isinstance(method, EdgeFolder):
         method.check(dataset)
-    with _matching(workers) as submit:
+    with job_pool(_count, workers) as submit:
         waiting: deque[tuple[str, Future[Result]]] = deque()
         results: list[Result] = []
 
@@ -154,26 +153,6 @@ def _count(
         columns = {name: values.tolist() for name, values in asdict(counts).items()}
         write_text(file, json.dumps({"seconds": seconds, "counts": columns}))
     return counts, seconds
-
-
-@contextmanager
-def _matching(workers: int) -> Iterator[Callable[..., Future[Result]]]:
-    """A function like `_count` that answers with a future."""
-    if workers == 1:
-
-        def at_once(*arguments: object) -> Future[Result]:
-            future: Future[Result] = Future()
-            future.set_result(_count(*arguments))  # type: ignore[arg-type]
-            return future
-
-        yield at_once
-        return
-    # Forking a process that runs onnxruntime's threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield lambda *arguments: pool.submit(_count, *arguments)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _cache_file(

@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.labelled_images import LabelledImages
-from trace_sdk.student.model import Student
-from trace_sdk.student.nano import NanoStudent
 from trace_sdk.teacher.pseudo_labels import EDGE
 
 STEPS = 99
 
 
 @torch.inference_mode()
-def calibrate_threshold(
-    student: Student | NanoStudent, images: LabelledImages, size: int, crops: int = 48
-) -> tuple[float, float]:
+def calibrate_threshold(student: AnyStudent, images: LabelledImages, size: int, crops: int = 48) -> tuple[float, float]:
     """The probability k/100 with the best F-measure against the snapped edge labels, and that F-measure.
 
     Over crops of side `size`, the same ones each time.

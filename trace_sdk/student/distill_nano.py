@@ -156,9 +156,10 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(EMA, self.step / (self.step + 9))
+        averages = self.average.state_dict()
         with torch.no_grad():
             for name, value in self.student.state_dict().items():
-                average = self.average.state_dict()[name]
+                average = averages[name]
                 average.copy_(average.lerp(value, 1 - keep) if value.is_floating_point() else value)
         return {"graded": fine.item(), "coarse": sides.item()}
 
