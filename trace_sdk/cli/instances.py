@@ -13,7 +13,7 @@ import click
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import find_photos, read_photo
 from trace_sdk.errors import InputError
 
@@ -75,10 +75,7 @@ def command(
     detector = EdgeDetector(engine, device=device, size=size)
     made_with = {
         "version": __version__,
-        "engine": detector.info["engine"],
-        "engine_sha256": detector.info["engine_sha256"],
-        "size": detector.size,
-        "threshold": detector.info["threshold"] if threshold is None else threshold,
+        **engine_facts(detector, threshold),
         "min_area": min_area,
     }
     parts = Parts(out / ".instances", made_with)

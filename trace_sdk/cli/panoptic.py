@@ -13,7 +13,7 @@ import click
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo
 from trace_sdk.errors import DatasetError, InputError
 
@@ -98,10 +98,7 @@ def command(
     made_with = {
         "description": "Panoptic segments from semantics and edges, made by trace-sdk",
         "version": __version__,
-        "engine": detector.info["engine"],
-        "engine_sha256": detector.info["engine_sha256"],
-        "size": detector.size,
-        "threshold": detector.info["threshold"] if threshold is None else threshold,
+        **engine_facts(detector, threshold),
         "min_area": min_area,
         "labels": known.name,
         "categories": sorted((value, one.id, one.thing) for value, one in known.values.items()),

@@ -5,9 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trace_sdk.atomic import write_text
+
+if TYPE_CHECKING:
+    from trace_sdk.detector import EdgeDetector
+
+
+def engine_facts(detector: EdgeDetector, threshold: float | None) -> dict[str, Any]:
+    """What every item depends on that edges are made for: the engine, its size, and the threshold, None for its own."""
+    return {
+        "engine": detector.info["engine"],
+        "engine_sha256": detector.info["engine_sha256"],
+        "size": detector.size,
+        "threshold": detector.info["threshold"] if threshold is None else threshold,
+    }
 
 
 class Parts:

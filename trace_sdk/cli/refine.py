@@ -16,7 +16,7 @@ import click
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.parts import Parts
+from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import read_photo
 from trace_sdk.errors import ArgumentError, DatasetError, InputError
 from trace_sdk.pool import job_pool
@@ -190,12 +190,7 @@ def _edge_source(
     from trace_sdk.detector import EdgeDetector
 
     detector = EdgeDetector(engine, device=device, size=size)
-    return detector.run, {
-        "engine": detector.info["engine"],
-        "engine_sha256": detector.info["engine_sha256"],
-        "size": detector.size,
-        "threshold": detector.info["threshold"] if threshold is None else threshold,
-    }
+    return detector.run, engine_facts(detector, threshold)
 
 
 def _edge_file(folder: Path, photo: Path) -> Path:
