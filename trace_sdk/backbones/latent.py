@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +22,7 @@ from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
 from trace_sdk.backbones.device import torch_dtype
 from trace_sdk.backbones.noising import Noising, noising_of
 from trace_sdk.backbones.prompts import Prompt, null_prompt
-from trace_sdk.backbones.tap import SelfAttentionTap
+from trace_sdk.backbones.tap import SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
 
 LEAST_TOKENS = 8  # a side, below which ABDiv says nothing
@@ -58,7 +58,8 @@ class LatentBackbone(nn.Module):
         for name, value in prompt.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
         named = re.compile(self.self_attention)
-        self._attending = [module for name, module in denoiser.named_modules() if named.search(name)]
+        self.attending = {name: module for name, module in denoiser.named_modules() if named.search(name)}
+        self._calls = SelfAttentionCalls(self.attending.values())
         if self.in_channels != self.latent_channels:
             raise CheckpointError(
                 f"This {self.family} model takes {self.in_channels} channels, its VAE gives {self.latent_channels}: "
@@ -170,11 +171,11 @@ class LatentBackbone(nn.Module):
 
     @property
     def self_attention_blocks(self) -> int:
-        return len(self._attending)
+        return len(self.attending)
 
     @property
     def total_heads(self) -> int:
-        return sum(int(module.heads) for module in self._attending)
+        return sum(int(module.heads) for module in self.attending.values())
 
     @property
     def device(self) -> torch.device:
@@ -232,21 +233,16 @@ class LatentBackbone(nn.Module):
             name: (value.to(self.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
             for name, value in self.prompt.items()
         }
-        with ExitStack() as stack:
-            if on_attention is not None:
-                running: list[nn.Module] = []
-                for module in self._attending:
-                    # What tells self-attention from the rest is the module that calls, not how many keys there are.
-                    stack.enter_context(module.register_forward_pre_hook(lambda module, _: running.append(module)))
-                    stack.enter_context(module.register_forward_hook(lambda *_: running.clear()))
-                tap = SelfAttentionTap(
-                    on_attention,
-                    lambda queries, keys: self.image_tokens(queries, (height, width)) if running else None,
-                    share_softmax=share_softmax,
-                )
-                stack.enter_context(tap)
-            answer = self.denoise(x_t.to(self.dtype), times, prompt)
-        return answer.float()
+        tap: AbstractContextManager[object] = nullcontext()
+        if on_attention is not None:
+            tap = SelfAttentionTap(
+                on_attention,
+                lambda queries, keys: self.image_tokens(queries, (height, width)),
+                self._calls,
+                share_softmax=share_softmax,
+            )
+        with tap:
+            return self.denoise(x_t.to(self.dtype), times, prompt).float()
 
     def _check_size(self, height: int, width: int) -> None:
         step, least = self.multiple_of, self.min_size

@@ -40,9 +40,9 @@ class PixelBackbone(nn.Module):
     token_side = PATCH
     noising = FlowMatching(predicts="sample")
 
-    def __init__(self, transformer: FluxTransformer2DModel, identity: str = "") -> None:
+    def __init__(self, denoiser: FluxTransformer2DModel, identity: str = "") -> None:
         super().__init__()
-        self.transformer, self.identity = transformer, identity
+        self.denoiser, self.identity = denoiser, identity
 
     @classmethod
     def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:
@@ -99,10 +99,10 @@ class PixelBackbone(nn.Module):
         from trace_sdk.atomic import write_bytes, write_text
 
         weights = {
-            name: value.detach().half().cpu().contiguous() for name, value in self.transformer.state_dict().items()
+            name: value.detach().half().cpu().contiguous() for name, value in self.denoiser.state_dict().items()
         }
         write_bytes(Path(folder) / "diffusion_pytorch_model.safetensors", save(weights, {"format": "pt"}))
-        write_text(Path(folder) / "config.json", self.transformer.to_json_string())
+        write_text(Path(folder) / "config.json", self.denoiser.to_json_string())
 
     @staticmethod
     def sha256(folder: str | Path) -> str:
@@ -112,12 +112,12 @@ class PixelBackbone(nn.Module):
     @property
     def self_attention_blocks(self) -> int:
         """Number of self-attention calls in one forward pass."""
-        return int(self.transformer.config.num_single_layers)
+        return int(self.denoiser.config.num_single_layers)
 
     @property
     def heads(self) -> int:
         """Heads in each block."""
-        return int(self.transformer.config.num_attention_heads)
+        return int(self.denoiser.config.num_attention_heads)
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels → (H, W) in tokens."""
@@ -174,12 +174,12 @@ class PixelBackbone(nn.Module):
             "return_dict": False,
         }
         if on_attention is None:
-            answer = self.transformer(**inputs)[0]
+            answer = self.denoiser(**inputs)[0]
         else:
             # Joint attention, the one null text token first: [text, image].
             image = slice(1, None)
             with SelfAttentionTap(on_attention, lambda queries, keys: (image, grid), share_softmax=share_softmax):
-                answer = self.transformer(**inputs)[0]
+                answer = self.denoiser(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
 
     def reconstruct(self, images: Tensor) -> Tensor:
