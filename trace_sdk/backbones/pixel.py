@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.noising import FlowMatching
-from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
+from trace_sdk.backbones.tap import SelfAttention, SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
 
 PATCH = 8
@@ -38,11 +39,16 @@ class PixelBackbone(nn.Module):
     min_size = 64
     latent_side = 1
     token_side = PATCH
+    native_size = 448
+    most_tokens = None
     noising = FlowMatching(predicts="sample")
 
     def __init__(self, denoiser: FluxTransformer2DModel, identity: str = "") -> None:
         super().__init__()
         self.denoiser, self.identity = denoiser, identity
+        blocks = denoiser.single_transformer_blocks
+        self.attending = {f"single_transformer_blocks.{i}.attn": block.attn for i, block in enumerate(blocks)}
+        self._calls = SelfAttentionCalls(self.attending.values())
 
     @classmethod
     def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:
@@ -94,14 +100,7 @@ class PixelBackbone(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""
-        from safetensors.torch import save
-
-        from trace_sdk.atomic import write_bytes, write_text
-
-        weights = {
-            name: value.detach().half().cpu().contiguous() for name, value in self.denoiser.state_dict().items()
-        }
-        write_bytes(Path(folder) / "diffusion_pytorch_model.safetensors", save(weights, {"format": "pt"}))
+        write_weights(Path(folder) / "diffusion_pytorch_model.safetensors", self.denoiser.state_dict())
         write_text(Path(folder) / "config.json", self.denoiser.to_json_string())
 
     @staticmethod
@@ -178,14 +177,12 @@ class PixelBackbone(nn.Module):
         else:
             # Joint attention, the one null text token first: [text, image].
             image = slice(1, None)
-            with SelfAttentionTap(on_attention, lambda queries, keys: (image, grid), share_softmax=share_softmax):
+            tap = SelfAttentionTap(
+                on_attention, lambda queries, keys: (image, grid), self._calls, share_softmax=share_softmax
+            )
+            with tap:
                 answer = self.denoiser(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """x̂ at t = 0 for the reconstruction term of the student's loss (paper 3.4)."""
-        answer: Tensor = self(images, 0.0)
-        return answer
 
 
 def position_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
