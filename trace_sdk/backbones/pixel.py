@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ class PixelBackbone(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return next(self.parameters()).dtype
+
+    def as_graph(self) -> AbstractContextManager[None]:
+        """It is a graph for any size as it is."""
+        return nullcontext()
 
     def encode(self, images: Tensor) -> Tensor:
         """X_0 is the image itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,9 @@ def write_repository(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
         made = Path(building, name)
         write_bytes(made / "1/model.onnx", model)
+        if detector.manifest.data:
+            name_of_data = detector.manifest.data["file"]
+            shutil.copyfile(Path(source).with_name(name_of_data), made / "1" / name_of_data)
         served = detector if buckets is not None else EdgeDetector(made / "1/model.onnx", device="cpu")
         write_text(made / "config.pbtxt", configuration(served, max_batch))
         made.rename(target)
