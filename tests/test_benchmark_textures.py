@@ -31,5 +31,5 @@ def test_density_of_a_flat_map_is_zero_and_of_a_line_its_share() -> None:
 
 
 def test_a_missing_texture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="grass_g_4.jpg"):
+    with pytest.raises(DatasetError, match=r"grass_g_4\.jpg"):
         textures.textures(tmp_path)

@@ -22,6 +22,8 @@ _VERBS = {
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
     "distill": "Train the one-step student on a backbone and the teacher's labels.",
     "distill-nano": "Train a small convolutional student, for CPUs, on the same labels.",
+    "cutouts": "Cut the things in photos out along their edges, as RGBA pictures.",
+    "self-train": "Make a student better by scenes composed of its own cut-outs.",
     "export": "Turn a student into one engine file and check its answers against torch.",
     "benchmark": "Measure latency, throughput and memory of engines on this machine.",
     "deploy": "Write the folder that an inference server loads (Triton).",
