@@ -22,8 +22,9 @@ from trace_sdk.pretraining.training_images import list_photos, load_cutouts, ope
 
 SHAPES = 0.3  # share of scenes of random shapes
 BLURRED = 0.5  # share of scenes that are blurred
-BLUR = (0.3, 1.5)  # σ, pixels: photos out of focus, or seen larger than they are
+BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they are
 RIM = 1.0  # σ of the outline's ridge, pixels
+NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
 MARGIN = 32  # pixels by which a scene is larger than what is seen of it
 
 
@@ -49,8 +50,9 @@ class OwnScenes:
 
     def _scene(self, rng: np.random.Generator, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         whole = size + MARGIN
-        cutouts = self._shapes(rng) if rng.random() < SHAPES else self._cutouts
-        scene = compose(rng, cutouts, self._crop(rng, whole))
+        background = self._crop(rng, whole)
+        cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._cutouts
+        scene = compose(rng, cutouts, background)
         ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / 0.4, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
         seen = np.s_[top : top + size, left : left + size]
@@ -60,8 +62,14 @@ class OwnScenes:
             rgb = gaussian_filter(rgb, (sigma, sigma, 0))
         return rgb, ridge[seen]
 
-    def _shapes(self, rng: np.random.Generator) -> list[Image.Image]:
-        return [cut_shape(rng, self._crop(rng, SIDE)) for _ in range(int(rng.integers(1, 5)))]
+    def _shapes(self, rng: np.random.Generator, background: RGB) -> list[Image.Image]:
+        """Shapes of photos whose mean colours come near the background's: there, texture alone tells them apart."""
+        shapes = []
+        for _ in range(int(rng.integers(2, 8))):
+            crop = self._crop(rng, SIDE).astype(np.float32)
+            nearer = crop + rng.uniform(0, NEARER) * (background.mean((0, 1)) - crop.mean((0, 1)))
+            shapes.append(cut_shape(rng, np.clip(nearer, 0, 255).astype(np.uint8)))
+        return shapes
 
     def _crop(self, rng: np.random.Generator, size: int) -> RGB:
         return random_crop(rng, open_photo(self._photos[rng.integers(len(self._photos))]), size)

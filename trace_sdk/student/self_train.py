@@ -8,17 +8,20 @@ scene the student as it was is believed in part: real edges are there, too.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.crops import step_generator
@@ -76,24 +79,22 @@ def self_train(
         )
     trainer = _Trainer(student.to(device), scenes, settings, device)
     train_until(settings.steps, trainer, out, save_seconds, report)
-    better = trainer.training.average
-    better.threshold = trainer.calibrate()
+    better = trainer.finished()
     better.save(out, {"self_trained_steps": trainer.step, "settings": asdict(settings)})
     return better
 
 
 class _Trainer:
-    """The student as it was and as it becomes."""
+    """What learns: all of a convolutional student, the decoder of one with a backbone; as it was and as it becomes."""
 
     def __init__(
         self, student: AnyStudent, scenes: OwnScenes, settings: SelfTrainSettings, device: torch.device | str
     ) -> None:
-        self.before = copy.deepcopy(student).eval().requires_grad_(False)
-        self.scenes, self.settings, self.device, self.step = scenes, settings, torch.device(device), 0
-        student.requires_grad_(True)
-        if isinstance(student, Student):
-            student.backbone.requires_grad_(False)
-        self.training = AveragedTraining(student, settings.learning_rate, settings.steps)
+        self.student, self.scenes, self.settings = student, scenes, settings
+        self.device, self.step = torch.device(device), 0
+        learner: nn.Module = student.decoder if isinstance(student, Student) else student
+        self.before = copy.deepcopy(learner).eval().requires_grad_(False)
+        self.training = AveragedTraining(learner.requires_grad_(True), settings.learning_rate, settings.steps)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         images, ridges = self.scenes.batch(step, self.settings.crops, self.settings.size)
@@ -101,23 +102,33 @@ class _Trainer:
 
     def train(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         images, ridges = (x.to(self.device) for x in batch)
-        before, logits = self._answers(images, self.training.model.train())
+        answers = self._answers(images)
+        with torch.no_grad():
+            before = answers(self.before)
+        logits = answers(self.training.model.train())
         believed = BELIEVED * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
         self.training.step(loss, self.step)
         self.step += 1
         return {"loss": loss.item()}
 
-    def _answers(self, images: Tensor, student: AnyStudent) -> tuple[Tensor, Tensor]:
-        """Logits of the student as it was, without gradients, and of `student`; both share one frozen backbone."""
-        if isinstance(self.before, Student) and isinstance(student, Student):
-            with torch.no_grad():
-                features, _ = self.before.features(images)
-                before = self.before.decoder(features, images)
-            return before, student.decoder(features, images)
-        with torch.no_grad():
-            before = self.before.logits(images)
-        return before, student.logits(images)
+    def _answers(self, images: Tensor) -> Callable[[nn.Module], Tensor]:
+        """Logits of a learner for these images; the backbone, if there is one, runs once for all, in bf16."""
+        if not isinstance(self.student, Student):
+            return lambda learner: learner.logits(images)  # type: ignore[operator]
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            features = self.student.features(images)[0].float()
+        return lambda decoder: decoder(features, images)
+
+    def finished(self) -> AnyStudent:
+        """The student with the averaged weights, and a threshold for them."""
+        threshold, average = self.calibrate(), self.training.average
+        if isinstance(self.student, Student) and isinstance(average, EdgeDecoder):
+            self.student.decoder = average
+        elif isinstance(average, NanoStudent):
+            self.student = average
+        self.student.threshold = threshold
+        return self.student
 
     @torch.inference_mode()
     def calibrate(self, batches: int = 6) -> float:
@@ -125,10 +136,10 @@ class _Trainer:
         before: list[Tensor] = []
         after: list[Tensor] = []
         for step in range(batches):
-            images = self.batch(CALIBRATION + step)[0].to(self.device)
-            for logits, into in zip(self._answers(images, self.training.average), (before, after), strict=True):
-                into.append(logits.sigmoid().flatten())
-        share = float((torch.cat(before) >= self.before.threshold).float().mean())
+            answers = self._answers(self.batch(CALIBRATION + step)[0].to(self.device))
+            before.append(answers(self.before).sigmoid().flatten())
+            after.append(answers(self.training.average).sigmoid().flatten())
+        share = float((torch.cat(before) >= self.student.threshold).float().mean())
         ordered = torch.cat(after).sort(descending=True).values
         return round(float(ordered[min(len(ordered) - 1, round(share * len(ordered)))]), 2)
 
