@@ -1,0 +1,111 @@
+"""Masks that become one: those with most of their pixels in common, and neighbours that no edge keeps apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as codec
+
+from trace_sdk.instances.hierarchy import components
+from trace_sdk.instances.outlines import box_of
+
+SAME = 0.5  # IoU above which two masks are one
+WEAK = 0.85  # strength of a line that does not keep two masks apart, to the mean probability inside them
+SHARED = 0.5  # least length of such a line, to the side of the smaller mask
+APART = 0.2  # IoU from which masks overlap rather than touch
+REACH = 1  # pixels that touching masks may be apart, either way
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A mask bool [H, W], its score, and the indices of the masks that it came from, ascending."""
+
+    mask: NDArray[np.bool_]
+    score: float
+    sources: list[int]
+
+
+def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
+    """While any two masks have IoU > SAME, all that hang together so become one, at once: in no order."""
+    found = list(masks)
+    while len(found) > 1:
+        runs = [codec.encode(np.asfortranarray(one.mask, np.uint8)) for one in found]
+        alike = np.argwhere(np.triu(codec.iou(runs, runs, [0] * len(runs)) > SAME, 1)).astype(np.int32)
+        if not len(alike):
+            break
+        found = _joined(found, alike)
+    return found
+
+
+def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[Candidate]:
+    """Touching masks become one where the line between them is weaker than what is inside them, weakest first."""
+    found = list(masks)
+    while True:
+        links = _weak_lines(found, probability)
+        if not links:
+            return found
+        # Each mask with its best neighbour, if it is that one's best, too: in no order.
+        best: dict[int, tuple[float, int]] = {}
+        for weakness, here, there in links:
+            for one, other in ((here, there), (there, here)):
+                best[one] = min(best.get(one, (2.0, -1)), (weakness, other))
+        mutual = [(one, other) for one, (_, other) in best.items() if one < other and best[other][1] == one]
+        found = _joined(found, np.array(mutual, np.int32).reshape(-1, 2))
+
+
+def _weak_lines(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[tuple[float, int, int]]:
+    """Relative strength of each line that keeps nothing apart, and the two masks."""
+    boxes = [box_of(one.mask, 2) for one in masks]
+    areas = [int(np.count_nonzero(one.mask[box])) for one, box in zip(masks, boxes, strict=True)]
+    links = []
+    for here, (rows, columns) in enumerate(boxes):
+        for there in range(here):
+            down, aside = boxes[there]
+            if rows.start >= down.stop or down.start >= rows.stop:
+                continue
+            if columns.start >= aside.stop or aside.start >= columns.stop:
+                continue
+            both = (
+                slice(min(rows.start, down.start), max(rows.stop, down.stop)),
+                slice(min(columns.start, aside.start), max(columns.stop, aside.stop)),
+            )
+            a, b, edges = masks[here].mask[both], masks[there].mask[both], probability[both]
+            common = int(np.count_nonzero(a & b))
+            if common > APART * (areas[here] + areas[there] - common):
+                continue
+            line = _grown(a) & _grown(b)
+            # The line is some pixels wide: 2 · REACH between masks that touch.
+            length = np.count_nonzero(line) / (2 * REACH)
+            if length < SHARED * min(areas[here], areas[there]) ** 0.5:
+                continue
+            level = float(edges[a | b].mean())
+            weakness = float(edges[line].mean()) / max(level, 1e-6)
+            if weakness < WEAK:
+                links.append((weakness, here, there))
+    return links
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask and the pixels beside it."""
+    grown = mask.copy()
+    for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        grown[here] |= mask[there]
+        grown[there] |= mask[here]
+    return grown
+
+
+def _joined(masks: Sequence[Candidate], links: NDArray[np.int32]) -> list[Candidate]:
+    group = components(links, len(masks))
+    joined = []
+    for number in range(int(group.max()) + 1):
+        members = [masks[i] for i in np.flatnonzero(group == number)]
+        if len(members) == 1:
+            joined += members
+            continue
+        union = np.logical_or.reduce([one.mask for one in members])
+        sources = sorted({index for one in members for index in one.sources})
+        joined.append(Candidate(union, max(one.score for one in members), sources))
+    return joined
