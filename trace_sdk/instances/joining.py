@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from pycocotools import mask as codec
 
 from trace_sdk.instances.hierarchy import components
-from trace_sdk.instances.outlines import box_of
+from trace_sdk.instances.outlines import box_of, middle_level
+from trace_sdk.instances.walk import Regions
 
 SAME = 0.5  # IoU above which two masks are one
-WEAK = 0.85  # strength of a line that does not keep two masks apart, to the mean probability inside them
+JOIN = 0.9  # evidence from which two masks are one, see `join_neighbours`
+TOGETHER = 0.5  # what counts lying in the same regions, beside the weakness of the line between
 SHARED = 0.5  # least length of such a line, to the side of the smaller mask
 APART = 0.2  # IoU from which masks overlap rather than touch
+PEER = 0.25  # area of the smaller to the larger from which they can be parts of one
 REACH = 1  # pixels that touching masks may be apart, either way
 
 
@@ -40,26 +43,35 @@ def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[Candidate]:
-    """Touching masks become one where the line between them is weaker than what is inside them, weakest first."""
+def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
+    """Touching masks become one where nothing keeps them apart: the best such neighbours first, in no other order.
+
+    The evidence is how much weaker the line between them is than the middle level (`outlines`) of both as one, as a
+    share, and TOGETHER times how much they lie in the same regions (the sum over regions of the smaller share of the
+    two masks). A small thing on a large one stays, see PEER.
+    """
     found = list(masks)
-    while True:
-        links = _weak_lines(found, probability)
-        if not links:
-            return found
-        # Each mask with its best neighbour, if it is that one's best, too: in no order.
+    while links := _links(found, probability, regions):
+        # Each mask with its best neighbour, if it is that one's best, too.
         best: dict[int, tuple[float, int]] = {}
-        for weakness, here, there in links:
+        for evidence, here, there in links:
             for one, other in ((here, there), (there, here)):
-                best[one] = min(best.get(one, (2.0, -1)), (weakness, other))
+                best[one] = max(best.get(one, (0.0, -1)), (evidence, other))
         mutual = [(one, other) for one, (_, other) in best.items() if one < other and best[other][1] == one]
-        found = _joined(found, np.array(mutual, np.int32).reshape(-1, 2))
+        found = _joined(found, np.array(mutual, np.int32))
+    return found
 
 
-def _weak_lines(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[tuple[float, int, int]]:
-    """Relative strength of each line that keeps nothing apart, and the two masks."""
-    boxes = [box_of(one.mask, 2) for one in masks]
-    areas = [int(np.count_nonzero(one.mask[box])) for one, box in zip(masks, boxes, strict=True)]
+def _links(
+    masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions
+) -> list[tuple[float, int, int]]:
+    """Neighbours that are one thing, and the evidence for it."""
+    boxes = [box_of(one.mask, REACH + 1) for one in masks]
+    held = [
+        np.bincount(regions.labels[box][one.mask[box]], minlength=len(regions.areas))
+        for one, box in zip(masks, boxes, strict=True)
+    ]
+    areas = [int(shares.sum()) for shares in held]
     links = []
     for here, (rows, columns) in enumerate(boxes):
         for there in range(here):
@@ -67,6 +79,8 @@ def _weak_lines(masks: Sequence[Candidate], probability: NDArray[np.float32]) ->
             if rows.start >= down.stop or down.start >= rows.stop:
                 continue
             if columns.start >= aside.stop or aside.start >= columns.stop:
+                continue
+            if min(areas[here], areas[there]) < PEER * max(areas[here], areas[there]):
                 continue
             both = (
                 slice(min(rows.start, down.start), max(rows.stop, down.stop)),
@@ -77,14 +91,13 @@ def _weak_lines(masks: Sequence[Candidate], probability: NDArray[np.float32]) ->
             if common > APART * (areas[here] + areas[there] - common):
                 continue
             line = _grown(a) & _grown(b)
-            # The line is some pixels wide: 2 · REACH between masks that touch.
-            length = np.count_nonzero(line) / (2 * REACH)
-            if length < SHARED * min(areas[here], areas[there]) ** 0.5:
+            # Between masks that touch, the line is 2 · REACH pixels wide.
+            if np.count_nonzero(line) < 2 * REACH * SHARED * min(areas[here], areas[there]) ** 0.5:
                 continue
-            level = float(edges[a | b].mean())
-            weakness = float(edges[line].mean()) / max(level, 1e-6)
-            if weakness < WEAK:
-                links.append((weakness, here, there))
+            weakness = 1 - float(edges[line].mean()) / max(middle_level(a | b, edges), 1e-6)
+            alike = float(np.minimum(held[here] / areas[here], held[there] / areas[there]).sum())
+            if weakness + TOGETHER * alike >= JOIN:
+                links.append((weakness + TOGETHER * alike, here, there))
     return links
 
 

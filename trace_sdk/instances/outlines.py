@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label
 
-WEAK = 0.9  # strength of a line that is no border, to the mean of the inside's and the outline's
+WEAK = 0.9  # strength of a line that is no border, to the middle level
 OPENING = 0.4  # share of new lines up to which a change closes a hole or a notch
-NEAR = 0.1  # how far an outline may move, mean of the part that moves, to the radius of a disc as large as the mask
-PIXELS = 1.5  # and how far anyhow
-WIDER = 1.3  # strength of an outline moved outwards, to that of the old one
-NARROWER = 3.0  # and of one moved inwards
+NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, to the radius of a disc like the mask
+WIDER = 0.5  # log-odds of an outline moved outwards, above those of the old one
+NARROWER = 2.0  # and of one moved inwards
+FAR = 3.0  # and how much more where it moves further
+SURE = 0.99  # beyond which log-odds grow no more
 
 
 def box_of(mask: NDArray[np.bool_], around: int = 1) -> tuple[slice, slice]:
@@ -43,6 +44,12 @@ def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) 
     return total / length if length else 0.0
 
 
+def log_odds(probability: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """ln(p / (1 − p)), with p kept within SURE."""
+    within = np.clip(probability, 1 - SURE, SURE)
+    return np.asarray(np.log(within / (1 - within)))
+
+
 def middle_level(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
     """Between what lies inside a mask and its outline: the strength from which a line is a border rather than not."""
     return (float(probability[mask].mean()) + outline_strength(mask, probability)) / 2
@@ -64,8 +71,8 @@ def better_parts(
     """A mask with those connected parts of a change that the edges speak for, and how much they do.
 
     A part is taken if it closes a hole or a notch whose border is WEAK; the more of its mouth is new, the weaker. Or if
-    it moves the outline by no more than NEAR and the new one is stronger, by WIDER where the mask grows, by NARROWER
-    where it shrinks.
+    it moves the outline to a stronger line: by log-odds of WIDER where the mask grows, of NARROWER where it shrinks,
+    and FAR more where it moves further than NEAR.
 
     Args:
         before, after: bool [h, w], `before` not empty. probability: float32 [h, w].
@@ -92,8 +99,9 @@ def better_parts(
     length = np.maximum(added + removed, 1)
     grown = np.bincount(parts.ravel(), after.ravel(), count + 1) > 0
     closes = grown & (added <= OPENING * length) & (old < (WEAK - added / length / 2) * middle)
-    near = 2 * np.bincount(parts.ravel(), minlength=count + 1) / length <= max(PIXELS, NEAR * (area / np.pi) ** 0.5)
-    moves = near & (added > 0) & (removed > 0) & (new > np.where(grown, WIDER, NARROWER) * old)
+    near = 2 * np.bincount(parts.ravel(), minlength=count + 1) / length <= NEAR * (area / np.pi) ** 0.5
+    needed = np.where(grown, WIDER, NARROWER) + np.where(near, 0, FAR)
+    moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > needed)
     taken = closes | moves
     taken[0] = False
     gain = ((new - middle) * added - (old - middle) * removed)[taken].sum()

@@ -78,7 +78,7 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
-    fragments = split_masks(probability, hierarchy, of_piece, regions, masks)
+    fragments = split_masks(probability, regions, masks)
     rises = spread_fragments(probability, regions, masks, fragments)
     of_instance: dict[tuple[int, int], list[int]] = {}
     for place, fragment in enumerate(fragments):
@@ -101,7 +101,7 @@ def propagate(
             whole[box] = best
             agreement = np.count_nonzero(whole & mask) / np.count_nonzero(whole | mask)
             found.append(Candidate(whole, float(scores[index] * agreement), [index]))
-    joined = join_neighbours(join_alike(found), probability)
+    joined = join_neighbours(join_alike(found), probability, regions)
     runs = [codec.encode(np.asfortranarray(one.mask, np.uint8)) for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
     height, width = probability.shape

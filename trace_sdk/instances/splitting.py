@@ -7,54 +7,39 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from trace_sdk.instances.hierarchy import Hierarchy, merge_weakest_first, summed
-from trace_sdk.instances.outlines import box_of, middle_level
+from trace_sdk.instances.hierarchy import find_borders, merge_weakest_first
+from trace_sdk.instances.outlines import box_of, log_odds, middle_level
 from trace_sdk.instances.walk import Fragment, Regions
 
 SPLIT = 0.2  # share of a mask that makes a part an instance of its own
 ODDS = 1.5  # log-odds of a line that splits a mask, above those of a middle line of the mask
 NECK = 0.6  # what they must have more for each e-fold of the line's length to the side of the smaller part
-SURE = 0.99  # beyond which log-odds grow no more
 
 
-def split_masks(
-    probability: NDArray[np.float32],
-    hierarchy: Hierarchy,
-    of_piece: NDArray[np.int32],
-    regions: Regions,
-    masks: NDArray[np.bool_],
-) -> list[Fragment]:
+def split_masks(probability: NDArray[np.float32], regions: Regions, masks: NDArray[np.bool_]) -> list[Fragment]:
     """Which regions of each mask count, and as which of its instances.
 
     A region counts if half of it lies in the mask, or half of the mask in it; the rest is a loose border. Regions are
-    joined weakest border first. Going back from the whole, a join is undone if both its sides have SPLIT of the mask
-    and the log-odds of the line between them are ODDS above those of the mask's middle level (`outlines`), more where
-    the line is long beside what it cuts off. A side with less than SPLIT goes with the other.
+    joined, the weakest border inside the mask first. Going back from the whole, a join is undone if both its sides have
+    SPLIT of the mask and the log-odds of the line between them are ODDS above those of the mask's middle level
+    (`outlines`), more where the line is long beside what it cuts off. A side with less than SPLIT goes with the other.
     """
     count = len(regions.areas)
-    ends = of_piece[hierarchy.borders]
-    apart = ends[:, 0] != ends[:, 1]
-    ends, lengths, totals = summed(ends[apart], hierarchy.lengths[apart], hierarchy.totals[apart], count)
-    # Borders were measured at working size.
-    scale = (probability.size / hierarchy.pieces.size) ** 0.5
     fragments = []
     for index, mask in enumerate(masks):
         box = box_of(mask)
-        own = mask[box]
-        held = np.bincount(regions.labels[box][own], minlength=count)
-        counting = (2 * held >= np.minimum(regions.areas, held.sum())) & (held > 0)
-        chosen = np.flatnonzero(counting)
+        own, labels, edges = mask[box], regions.labels[box], probability[box]
+        held = np.bincount(labels[own], minlength=count)
+        chosen = np.flatnonzero((2 * held >= np.minimum(regions.areas, held.sum())) & (held > 0))
         instances = np.zeros(len(chosen), np.int32)
         if len(chosen) > 1:
             number = np.full(count, -1, np.int32)
             number[chosen] = np.arange(len(chosen), dtype=np.int32)
-            inner = counting[ends].all(axis=1)
+            parts = np.where(own & (number[labels] >= 0), number[labels], np.int32(len(chosen)))
+            borders, lengths, totals = find_borders(parts, edges)
+            inner = (borders < len(chosen)).all(axis=1)
             instances = _split(
-                number[ends[inner]],
-                lengths[inner] * scale,
-                totals[inner] * scale,
-                held[chosen].astype(np.float64),
-                middle_level(own, probability[box]),
+                borders[inner], lengths[inner], totals[inner], held[chosen].astype(np.float64), middle_level(own, edges)
             )
         fragments += [
             Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
@@ -94,14 +79,9 @@ def _split(
             continue
         across = np.isin(borders, small).any(axis=1) & np.isin(borders, large).any(axis=1)
         length = lengths[across].sum()
-        needed = _log_odds(level) + ODDS + NECK * log(length / areas[small].sum() ** 0.5)
-        if _log_odds(totals[across].sum() / length) < needed:
+        needed = log_odds(level) + ODDS + NECK * log(length / areas[small].sum() ** 0.5)
+        if log_odds(totals[across].sum() / length) < needed:
             continue
         instances[small] = instances.max() + 1
         waiting += [smaller, larger]
     return instances
-
-
-def _log_odds(probability: float) -> float:
-    within = min(max(probability, 1 - SURE), SURE)
-    return log(within / (1 - within))

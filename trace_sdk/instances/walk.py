@@ -141,7 +141,8 @@ class _Grid:
         low, high = share[own].min(), share[own].max()
         rise = np.where(own, (share - low) / max(high - low, np.float32(1e-3)), np.float32(0))
         down, aside = (
-            _between(pixels, cells, self._step, length) for pixels, cells, length in zip(box, window, own.shape, strict=True)
+            _between(pixels, cells, self._step, length)
+            for pixels, cells, length in zip(box, window, own.shape, strict=True)
         )
         weight = down @ own.astype(np.float32) @ aside.T
         lifted: NDArray[np.float32] = (down @ rise @ aside.T) / np.maximum(weight, np.float32(1e-6))
