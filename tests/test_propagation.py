@@ -11,7 +11,9 @@ from pycocotools import mask as codec
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
-from trace_sdk.instances.propagation import BETA, RADIUS, TAIL, outline_strength, spread, transition_matrix
+from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
+from trace_sdk.instances.outlines import outline_strength
+from trace_sdk.instances.walk import TAIL, spread
 
 HEIGHT, WIDTH = 80, 120
 
