@@ -46,7 +46,9 @@ def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
 def photo(student: Student, batch: int = 2) -> torch.Tensor:
     """Noise of a size that no crop had."""
     height, width = student.min_size + 2 * student.multiple_of, student.min_size + student.multiple_of
-    return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
 
 
 @torch.no_grad()
@@ -154,7 +156,9 @@ def test_blocks_after_the_last_one_read_are_not_computed(name: str, later: str, 
     assert early.decoder.standardise.num_features < full.decoder.standardise.num_features
     for student, asked in ((early, 0), (full, 1)):
         calls: list[object] = []
-        student.backbone.denoiser.get_submodule(later).register_forward_pre_hook(lambda *_, calls=calls: calls.append(0))
+        student.backbone.denoiser.get_submodule(later).register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(0)
+        )
         for block in getattr(student.backbone.denoiser, later, []):
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(0))
         edges(student, photo(student))

@@ -117,8 +117,8 @@ class _Trainer:
         if not isinstance(self.student, Student):
             return lambda learner: learner.logits(images)  # type: ignore[operator]
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-            features = self.student.features(images)[0].float()
-        return lambda decoder: decoder(features, images)
+            maps = [features.float() for features in self.student.maps(images)]
+        return lambda decoder: decoder(maps, images)
 
     def finished(self) -> AnyStudent:
         """The student with the averaged weights, and a threshold for them."""
