@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from trace_sdk.backbones.backbone import OnAttention
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
-from trace_sdk.backbones.device import torch_dtype
+from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import Noising, noising_of
 from trace_sdk.backbones.prompts import Prompt, null_prompt
+from trace_sdk.backbones.quiet import quiet
 from trace_sdk.backbones.tap import SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
 
@@ -30,7 +31,7 @@ TILED_FROM = 1024  # pixels: the VAE reads larger images in tiles
 WEIGHTS = "diffusion_pytorch_model"
 
 
-class LatentBackbone(nn.Module):
+class LatentBackbone(Placed):
     """One family of latent diffusion models; see `Backbone` for what it does.
 
     Class attributes, to be set by the family:
@@ -40,6 +41,10 @@ class LatentBackbone(nn.Module):
         vaes: diffusers classes of its VAE.
         self_attention: regular expression for the names of the modules that attend among image tokens.
         image_first: image tokens come before the text's in joint attention, else after them.
+        cross_attention: regular expression for the modules in which the image looks at the text, where these are not
+            those of self-attention.
+        words: tokenizer of the prompt → where the first of its tokens lies among the prompt's `tokens`.
+        drops_padding: the prompt's `tokens` are without the tokenizer's padding.
     """
 
     family: ClassVar[str]
@@ -48,6 +53,10 @@ class LatentBackbone(nn.Module):
     vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
     self_attention: ClassVar[str]
     image_first: ClassVar[bool] = False
+    cross_attention: ClassVar[str | None] = None
+    words: ClassVar[dict[str, int]] = {"tokenizer": 0}
+    drops_padding: ClassVar[bool] = False
+    offloaded = False  # the denoiser's weights come to the device layer by layer
     denoiser: Any
     vae: Any
 
@@ -113,6 +122,7 @@ class LatentBackbone(nn.Module):
         failure = None
         try:
             if offload:
+                backbone.offloaded = True
                 backbone.vae.to(device)
                 for buffer in backbone.buffers(recurse=False):
                     buffer.data = buffer.data.to(device)
@@ -182,11 +192,6 @@ class LatentBackbone(nn.Module):
         return found
 
     @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = next(self.denoiser.parameters()).dtype
-        return found
-
-    @property
     def prompt(self) -> Prompt:
         """The null prompt's embeddings, batch of 1, by name."""
         return {name: getattr(self, f"prompt_{name}") for name in self._prompt_names}
@@ -218,6 +223,14 @@ class LatentBackbone(nn.Module):
         count = grid[0] * grid[1]
         return slice(0, count) if self.image_first else slice(queries - count, queries), grid
 
+    def text_tokens(self, image: int, text: int, keys: int) -> slice | None:
+        """Where the text's tokens lie among the keys of a call by so many image tokens; None if they aren't there."""
+        if self.cross_attention:
+            return slice(0, text)
+        if keys < image + text:
+            return None
+        return slice(image, image + text) if self.image_first else slice(keys - image - text, keys - image)
+
     def forward(
         self,
         x_t: Tensor,
@@ -225,12 +238,16 @@ class LatentBackbone(nn.Module):
         on_attention: OnAttention | None = None,
         *,
         share_softmax: bool = False,
+        prompt: Prompt | None = None,
     ) -> Tensor:
+        """As `Backbone` says, with the null prompt unless another one's embeddings, batch of 1, are given."""
         batch, (height, width) = x_t.shape[0], x_t.shape[-2:]
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
-        prompt = {
-            name: (value.to(self.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
-            for name, value in self.prompt.items()
+        given = {
+            name: value.to(x_t.device, self.dtype if value.is_floating_point() else value.dtype).expand(
+                batch, *value.shape[1:]
+            )
+            for name, value in (prompt or self.prompt).items()
         }
         with ExitStack() as stack:
             if on_attention is not None:
@@ -245,7 +262,7 @@ class LatentBackbone(nn.Module):
                     share_softmax=share_softmax,
                 )
                 stack.enter_context(tap)
-            answer = self.denoise(x_t.to(self.dtype), times, prompt)
+            answer = self.denoise(x_t.to(self.dtype), times, given)
         return answer.float()
 
     def _check_size(self, height: int, width: int) -> None:
@@ -297,7 +314,8 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
     """
     variant = next((v for v in (None, "fp16", "bf16") if has_variant(folder, v)), None)
     try:
-        return architecture.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+        with quiet():
+            return architecture.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning

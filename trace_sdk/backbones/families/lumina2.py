@@ -17,6 +17,7 @@ class Lumina2(LatentBackbone):
     family = "lumina2"
     architecture = "Lumina2Transformer2DModel"
     self_attention = r"^(noise_refiner|layers)\.\d+\.attn$"
+    drops_padding = True
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
