@@ -93,6 +93,10 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "model_index.json").write_text("hello")
     elif how == "no index":
         (folder / "model_index.json").unlink()
+    elif how == "one file":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "v1-5.safetensors").write_bytes(b"")
     elif how == "other family":
         index |= {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
         (folder / "model_index.json").write_text(json.dumps(index))
@@ -118,6 +122,7 @@ def spoil(folder: Path, how: str) -> None:
         ("foreign scheduler", "no known noising rule; known are flow matching"),
         ("index is text", "is not JSON"),
         ("no index", "neither model_index.json"),
+        ("one file", r"v1-5\.safetensors is a checkpoint of one file.*from_single_file\(.*\)\.save_pretrained"),
         ("other family", r"SanaPipeline on SanaTransformer2DModel.*aura-flow, flux, .*pixel.*sdxl.*docs/backbones\.md"),
         ("inpainting", "takes 16 channels, its VAE gives 8"),
     ],
@@ -127,6 +132,16 @@ def test_what_is_wrong_with_a_folder_is_said(copy: Callable[[str], Path], how: s
     spoil(folder, how)
     with pytest.raises(CheckpointError, match=fragment):
         open_backbone(folder)
+    if how == "one file":
+        with pytest.raises(CheckpointError, match=fragment):
+            open_backbone(folder / "v1-5.safetensors")
+
+
+def test_a_part_is_not_taken_for_the_model(open_tiny: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"transformer is one part of a pipeline\."):
+        open_backbone(open_tiny("sd3").folder / "transformer")
+    with pytest.raises(CheckpointError, match="is no folder, and no hub id"):
+        open_backbone("no/such/folder")
 
 
 def test_too_little_memory_for_the_weights(open_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,17 @@ def test_shares_are_those_of_a_float64_softmax_over_the_text(model: Any, photo: 
         torch.testing.assert_close(shares(attention, [range(TEXT)]), torch.ones(1, 1, *attention.grid))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_maps_on_a_gpu_are_those_of_the_cpu(model: Any, photo: Any) -> None:
+    prompt = made_up_prompt(model.backbone)
+    settings = TeacherSettings(size=WIDTH)
+    found, expected = (
+        word_maps(Teacher(backbone, settings), photo, prompt, ["dog", "cat"], (0.3,))
+        for backbone in (open_backbone(model.folder, device="cuda"), model.backbone)
+    )
+    np.testing.assert_allclose(found.maps, expected.maps, atol=5e-3)
+
+
 PROMPT = "a  dog, and\na catalog of dogs"
 
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.errors import ArgumentError, OutOfMemoryError
+from trace_sdk.errors import ArgumentError, DatasetError, OutOfMemoryError
+from trace_sdk.labelling.claims import Claims
 from trace_sdk.labelling.images import find_images
-from trace_sdk.labelling.label import CLAIMS, LabelJob
+from trace_sdk.labelling.label import LabelJob
 from trace_sdk.labelling.states import label_file
 from trace_sdk.student.labelled_images import LabelledImages
-from trace_sdk.teacher.labels import load_label
+from trace_sdk.teacher.labels import CLAIMS, load_label
 from trace_sdk.teacher.teacher import Annotation, Teacher, TeacherSettings
 
 SMALL = TeacherSettings(size=96, stride=300)
@@ -108,10 +109,29 @@ def test_failures_stay_until_they_are_retried(
     assert (third.done, third.failed) == (1, {}) and states(tmp_path / "out") == {"a.png": "done", "b.png": "done"}
 
 
+def test_settings_can_be_changed_until_there_is_a_label(
+    tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path, job: Any
+) -> None:
+    """A size that did not fit left labels.json behind, and the smaller size that was advised was then refused."""
+    first = LabelJob(Teacher(tiny_backbone, TeacherSettings(size=999)), find_images(photos), tmp_path, "sha")
+    job(tiny_backbone, photos, tmp_path)
+    assert json.loads((tmp_path / "labels.json").read_text())["settings"]["size"] == SMALL.size
+    with Claims(tmp_path / CLAIMS) as claims:
+        assert claims.take("somebody is at work")
+        with pytest.raises(ArgumentError, match="another backbone or other settings"):
+            LabelJob(Teacher(tiny_backbone, TeacherSettings(size=999)), find_images(photos), tmp_path, "sha")
+        with pytest.raises(ArgumentError, match="another backbone or other settings"):
+            first.run()
+    assert not list(tmp_path.rglob("*.npz"))
+    (tmp_path / "labels.json").write_text("half")
+    with pytest.raises(DatasetError, match=r"labels\.json is not whole"):
+        job(tiny_backbone, photos, tmp_path)
+
+
 def test_labels_of_two_makings_are_not_mixed(
     tiny_backbone: PixelBackbone, photos: Path, tmp_path: Path, job: Any
 ) -> None:
-    job(tiny_backbone, photos, tmp_path)
+    job(tiny_backbone, photos, tmp_path).run()
     with pytest.raises(ArgumentError, match="another backbone or other settings"):
         LabelJob(Teacher(tiny_backbone, SMALL), find_images(photos), tmp_path, "other sha")
     with pytest.raises(ArgumentError, match="batch must be"):

@@ -19,7 +19,8 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
 from trace_sdk.labelling.claims import Claims
 from trace_sdk.labelling.images import find_images
-from trace_sdk.labelling.label import CLAIMS, LabelJob
+from trace_sdk.labelling.label import LabelJob
+from trace_sdk.teacher.labels import CLAIMS
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
 SMALL = TeacherSettings(size=96, stride=300)

@@ -52,11 +52,10 @@ def open_backbone(
     torch_dtype(precision)  # a wrong name is said before gigabytes are read
     folder = folder_of(source)
     if not (folder / "model_index.json").is_file():
+        if (folder.absolute().parent / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is one part of a pipeline. Give the folder that it lies in.")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is no diffusers folder: it has neither model_index.json (a pipeline) nor config.json (a "
-                "pixel backbone, as `trace-sdk pretrain` writes it, or DINOv2)."
-            )
+            raise CheckpointError(no_folder(folder))
         if read_config(folder, ".").get("model_type") in MODEL_TYPES:
             return VisionTransformer.load(folder).to(device)
         return PixelBackbone.load(folder).to(device)
@@ -103,8 +102,26 @@ def folder_of(source: str | Path) -> Path:
     if not folder.exists() and is_hub_id(str(source)):
         folder = fetch(str(source), lambda index, config: family_of(index, config, str(source)).part)
     if not folder.is_dir():
-        raise CheckpointError(f"{source} is no folder, and no hub id like owner/name either.")
+        raise CheckpointError(no_folder(folder))
     return folder
+
+
+def no_folder(source: Path) -> str:
+    """Why this is no model's folder, and what to do."""
+    files = [source] if source.is_file() else sorted(source.glob("*"))
+    checkpoint = next((file for file in files if file.suffix in (".safetensors", ".ckpt")), None)
+    if checkpoint:
+        return (
+            f"{checkpoint} is a checkpoint of one file, not a diffusers folder. Turn it into one: in Python, "
+            f"diffusers.StableDiffusionPipeline.from_single_file({str(checkpoint)!r}).save_pretrained('FOLDER'), or "
+            "its own model's pipeline."
+        )
+    if not source.is_dir():
+        return f"{source} is no folder, and no hub id like owner/name either."
+    return (
+        f"{source} is no diffusers folder: it has neither model_index.json (a pipeline) nor config.json (a pixel "
+        "backbone, as `trace-sdk pretrain` writes it, or DINOv2)."
+    )
 
 
 def family_of(index: dict[str, Any], config: Any, source: str) -> type[LatentBackbone]:

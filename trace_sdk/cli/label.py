@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.console import FAILED, errors, output, progress, say_error, status
 from trace_sdk.cli.options import torch_device_option
 
 
@@ -207,10 +207,13 @@ def command(
     settings.check()
     found = find_images(images)[:limit]
     shown = None
-    if prompt:
-        shown = Words(open_prompt(backbone, prompt, device=device, precision=precision, offload=offload), words)
-        shown.check()
-    opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
+    with status("label") as note:
+        if prompt:
+            note("reading the prompt")
+            shown = Words(open_prompt(backbone, prompt, device=device, precision=precision, offload=offload), words)
+            shown.check()
+        note("opening the backbone")
+        opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
     teacher = Teacher(opened, settings)
     job = LabelJob(
         teacher, found, out, opened.identity, batch=batch, retry_failed=retry_failed, plots=plots, words=shown

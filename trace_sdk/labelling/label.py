@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,10 @@ from trace_sdk.labelling.states import (
     state,
     write_manifest,
 )
-from trace_sdk.teacher.labels import claim_folder, save_label
+from trace_sdk.teacher.labels import CLAIMS, claim_folder, save_label
 from trace_sdk.teacher.plot import Words, plot
 from trace_sdk.teacher.teacher import Annotation, Teacher
 
-CLAIMS = ".claims"
 BATCHES_IN_A_SHARD = 4
 WAIT_SECONDS = 1.0  # between two looks at what other processes still hold
 
@@ -136,7 +136,8 @@ class LabelJob:
     ) -> None:
         if batch < 1:
             raise ArgumentError(f"batch must be at least 1, got {batch}.")
-        claim_folder(labels, teacher.settings, backbone_sha256)
+        self._claim_folder = partial(claim_folder, labels, teacher.settings, backbone_sha256)
+        self._claim_folder()
         self._teacher, self._labels, self._batch = teacher, labels, batch
         self._plots, self._words = plots, words
         self._names = [image.name for image in images]
@@ -198,6 +199,7 @@ class LabelJob:
                 if not self._left(shard):
                     del self._open[key]
                 elif self._claims.take(key):
+                    self._claim_folder()  # before the first claim, a run with other settings may have taken it over
                     del self._open[key]
                     # It may have been finished, and given back, just before.
                     if self._left(shard):
