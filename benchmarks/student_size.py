@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -31,19 +32,16 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
 from trace_sdk.evaluation.evaluate import evaluate
 from trace_sdk.evaluation.methods import BASELINES, Method
 from trace_sdk.export.onnx import export_onnx
-from trace_sdk.kernels import per_head_divergence_reference
 from trace_sdk.machine import commit, hardware, versions
 from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.losses import dice_loss, graded_loss
 from trace_sdk.student.model import Student
-from trace_sdk.teacher.boundary import log_features
 from trace_sdk.teacher.pseudo_labels import EDGE
 
 WIDTH = 48  # of the decoder's layers on tokens
@@ -78,45 +76,32 @@ def choices(blocks: int) -> list[Choice]:
 
 
 class SizedStudent(Student):
-    """A student that reads some blocks, on a backbone that ends after the last of them."""
+    """A student of one of the choices; without blocks the decoder's own look at the photo is all there is."""
 
-    def __init__(self, backbone: PixelBackbone, choice: Choice, threshold: float = 0.5) -> None:
-        channels = 2 * heads_of(backbone) * max(1, len(choice.blocks))
-        super().__init__(first_blocks(backbone, max(choice.blocks, default=0) + 1), EdgeDecoder(channels, choice.width))
-        self.choice, self.threshold = choice, threshold
+    def __init__(self, backbone: PixelBackbone, choice: Choice) -> None:
+        blocks = choice.blocks or (0,)
+        channels = 2 * len(blocks) * (backbone.total_heads // backbone.self_attention_blocks)
+        super().__init__(backbone, EdgeDecoder(channels, choice.width), blocks=blocks)
+        self.choice = choice
 
-    def features(self, images: Tensor, *, share_softmax: bool = False) -> tuple[Tensor, Tensor]:
-        if not self.choice.blocks:  # the decoder's own look at the photo is all there is
-            return nn.functional.avg_pool2d(images[:, :1], 8).mul(0).expand(
-                -1, 2 * heads_of(self.backbone), -1, -1
-            ), images
-        maps: list[Tensor] = []
+    def logits(self, images: Tensor, *, share_softmax: bool = False) -> Tensor:
+        if self.choice.blocks:
+            return super().logits(images, share_softmax=share_softmax)
+        nothing = nn.functional.avg_pool2d(images[:, :1], self.backbone.token_side).mul(0)
+        logits: Tensor = self.decoder([nothing.expand(-1, self.decoder.standardise.num_features, -1, -1)], images)
+        return logits
 
-        def add(attention: SelfAttention) -> None:
-            if attention.block in self.choice.blocks:
-                maps.append(log_features(per_head_divergence_reference(attention, symmetric=True)))
-
-        answer = self.backbone(images, 0.0, add, share_softmax=share_softmax)
-        return torch.cat(maps, 1), answer
-
-
-def heads_of(backbone: PixelBackbone) -> int:
-    """Heads in each block."""
-    return backbone.total_heads // backbone.self_attention_blocks
+    def used(self) -> list[nn.Parameter]:
+        """The parameters that an answer needs: of the decoder, and of the backbone up to the last block read."""
+        last = max(self.choice.blocks, default=-1)
+        named = self.backbone.denoiser.named_parameters() if self.choice.blocks else ()
+        numbers = ((value, re.search(r"blocks\.(\d+)\.", name)) for name, value in named)
+        return [*self.decoder.parameters(), *(value for value, found in numbers if not found or int(found[1]) <= last)]
 
 
-def first_blocks(backbone: PixelBackbone, count: int) -> PixelBackbone:
-    """A backbone of the same weights that ends after `count` blocks."""
-    shorter = PixelBackbone.create(num_single_layers=count, num_attention_heads=heads_of(backbone))
-    shorter.load_state_dict(backbone.state_dict(), strict=False)
-    return shorter
-
-
-def chosen(features: Tensor, choice: Choice, each: int) -> Tensor:
-    """Of the features of all blocks, `each` channels a block, those of the choice; zeros for none."""
-    if not choice.blocks:
-        return torch.zeros_like(features[:, :each])
-    return torch.cat([features[:, each * block : each * (block + 1)] for block in choice.blocks], 1)
+def chosen(features: list[Tensor], choice: Choice) -> list[Tensor]:
+    """Of the features of all blocks, those of the choice; zeros for none."""
+    return [features[block] for block in choice.blocks] or [torch.zeros_like(features[0])]
 
 
 @dataclass(frozen=True)
@@ -126,7 +111,7 @@ class Read:
     images: Tensor
     labels: Tensor
     graded: Tensor
-    features: Tensor
+    features: list[Tensor]
 
 
 @torch.no_grad()
@@ -135,17 +120,17 @@ def read(student: Student, images: LabelledImages, numbers: range, count: int, s
     batches = []
     for number in numbers:
         pixels, labels, graded = images.batch(number, count, size)
-        batches.append(Read(pixels, labels, graded, student.features(pixels)[0]))
+        batches.append(Read(pixels, labels, graded, student.features(student.encode(pixels))[0]))
     return batches
 
 
-def train(student: SizedStudent, choice: Choice, batches: list[Read], steps: int, each: int) -> None:
+def train(student: SizedStudent, batches: list[Read], steps: int) -> None:
     """The decoder alone, by `distill`'s loss and schedule."""
     optimizer = torch.optim.AdamW(student.decoder.parameters(), weight_decay=1e-2)
     student.decoder.train()
     for step in range(steps):
         batch = batches[step % len(batches)]
-        logits = student.decoder(chosen(batch.features, choice, each), batch.images)
+        logits = student.decoder(chosen(batch.features, student.choice), batch.images)
         loss = dice_loss(logits, batch.labels) + 4 * graded_loss(logits, batch.graded)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(student.decoder.parameters(), 1.0)
@@ -157,9 +142,9 @@ def train(student: SizedStudent, choice: Choice, batches: list[Read], steps: int
 
 
 @torch.no_grad()
-def label_score(student: SizedStudent, choice: Choice, batches: list[Read], each: int) -> tuple[float, float]:
+def label_score(student: SizedStudent, batches: list[Read]) -> tuple[float, float]:
     """(threshold, F-measure against the held-out images' snapped labels), as `distill --hold-out` scores."""
-    answers = [student.decoder(chosen(b.features, choice, each), b.images).sigmoid().flatten() for b in batches]
+    answers = [student.decoder(chosen(b.features, student.choice), b.images).sigmoid().flatten() for b in batches]
     return best_threshold(torch.cat(answers), torch.cat([(b.labels == EDGE).flatten() for b in batches]))
 
 
@@ -168,8 +153,8 @@ class Decoded:
 
     timed = False
 
-    def __init__(self, student: SizedStudent, choice: Choice, scenes: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.name, self._student, self._choice, self._scenes = choice.name, student, choice, scenes
+    def __init__(self, student: SizedStudent, scenes: dict[str, tuple[Tensor, list[Tensor]]]) -> None:
+        self.name, self._student, self._scenes = student.choice.name, student, scenes
 
     def fingerprint(self, dataset: Dataset, sample: Sample) -> str:
         return self.name
@@ -177,18 +162,17 @@ class Decoded:
     @torch.no_grad()
     def edges(self, dataset: Dataset, sample: Sample) -> NDArray[np.float32]:
         images, features = self._scenes[sample.name]
-        each = 2 * heads_of(self._student.backbone)
-        logits = self._student.decoder(chosen(features, self._choice, each), images)
+        logits = self._student.decoder(chosen(features, self._student.choice), images)
         return logits[0].sigmoid().numpy()
 
 
 @torch.no_grad()
-def read_scenes(student: Student, dataset: Dataset) -> dict[str, tuple[Tensor, Tensor]]:
+def read_scenes(student: Student, dataset: Dataset) -> dict[str, tuple[Tensor, list[Tensor]]]:
     """Each scene as the student takes it, and its features; sides must be multiples of 8."""
     scenes = {}
     for sample in dataset:
         images = torch.from_numpy(sample.rgb.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-        scenes[sample.name] = images, student.features(images)[0]
+        scenes[sample.name] = images, student.features(student.encode(images))[0]
     return scenes
 
 
@@ -265,7 +249,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = PixelBackbone.load(options.backbone)
-    whole, each = Student(backbone), 2 * heads_of(backbone)
+    whole = Student(backbone)
     learnt, held_out = LabelledImages(options.images, options.labels, 0).split(0.15)
     dataset = open_dataset(options.held_out)
     scenes = read_scenes(whole, dataset)
@@ -279,9 +263,9 @@ def main() -> int:
             start = time.process_time()
             torch.manual_seed(seed)
             student = SizedStudent(backbone, choice)
-            train(student, choice, batches, options.steps, each)
-            student.threshold, score = label_score(student, choice, judged, each)
-            found = scores(Decoded(student, choice, scenes), dataset, options.thresholds)
+            train(student, batches, options.steps)
+            student.threshold, score = label_score(student, judged)
+            found = scores(Decoded(student, scenes), dataset, options.thresholds)
             row = rows.setdefault(choice.name, {"blocks": choice.blocks, "width": choice.width, "found": []})
             row["found"].append({"label_score": score, **found})
             students[choice.name] = student
@@ -306,7 +290,7 @@ def main() -> int:
                 "blocks": row["blocks"],
                 "width": row["width"],
                 **{key: summary([one[key] for one in row["found"]]) for key in ("label_score", "ods", "ap")},
-                "parameters": sum(value.numel() for value in parameters_used(students[name])),
+                "parameters": sum(value.numel() for value in students[name].used()),
                 "engine_bytes": sizes[name],
                 "cpu_ms": times[name],
             }
@@ -318,11 +302,6 @@ def main() -> int:
     write_text(options.out / "student-size.md", to_markdown(result))
     print(to_markdown(result))
     return 0
-
-
-def parameters_used(student: SizedStudent) -> list[nn.Parameter]:
-    """Of the decoder, and of the backbone where it is read at all."""
-    return [*student.decoder.parameters(), *(student.backbone.parameters() if student.choice.blocks else ())]
 
 
 if __name__ == "__main__":

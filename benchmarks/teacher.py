@@ -74,7 +74,7 @@ def pixel(device: str, side: int = 512) -> Model:
     from trace_sdk.backbones.pixel import SMALL, PixelBackbone
 
     backbone = PixelBackbone.create(**SMALL)
-    for block in backbone.transformer.single_transformer_blocks:  # zero at first: every block would be the identity
+    for block in backbone.denoiser.single_transformer_blocks:  # zero at first: every block would be the identity
         nn.init.normal_(block.norm.linear.weight, std=0.02)
     built = build(backbone, device)
     like = next(built.parameters())

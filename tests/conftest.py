@@ -107,7 +107,7 @@ def tiny_backbone() -> PixelBackbone:
     torch.manual_seed(0)
     backbone = PixelBackbone.create(num_single_layers=2, num_attention_heads=2)
     with torch.no_grad():
-        for block in backbone.transformer.single_transformer_blocks:
+        for block in backbone.denoiser.single_transformer_blocks:
             block.norm.linear.weight.normal_(std=0.05)
             block.norm.linear.bias.normal_(std=0.3)
             block.attn.norm_q.weight.fill_(2.0)

@@ -13,8 +13,8 @@ from trace_sdk.errors import OutputError
 
 
 @contextmanager
-def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that takes the place of `path` only when the block ends without an error.
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """An empty file to write to, that takes the place of `path` only when the block ends without an error.
 
     Missing parent folders are made. On any error, Ctrl-C included, the temporary file is removed
     and an older file at `path` is left as it was.
@@ -29,10 +29,10 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OutputError(_explain(target, error)) from error
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(descriptor)
+        yield Path(name)
+        with Path(name).open("rb") as written:
+            os.fsync(written.fileno())
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(target)
         _sync_folder(target.parent)
@@ -40,6 +40,13 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
         raise OutputError(_explain(target, error)) from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes the place of `path` as `whole_file` says, and raises like it."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        yield file
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 
-from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.registry import families
 
 FOUR = (128, 256, 512, 512)
@@ -45,7 +44,7 @@ def attentions_of(name: str, settings: dict[str, Any], vae: dict[str, Any], kind
             **({"block_out_channels": FOUR} | blocks if kind == "AutoencoderKL" else {}) | vae
         )
     assert family.matches(dict(denoiser.config))
-    return family(denoiser, made, FlowMatching(), {}, "")
+    return family(denoiser, made, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {}, "")
 
 
 @pytest.mark.parametrize(

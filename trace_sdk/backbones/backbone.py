@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, Self
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_sdk.backbones.noising import Noising
 from trace_sdk.backbones.tap import SelfAttention
@@ -101,4 +102,30 @@ class Backbone(Protocol):
             on_attention: shown every self-attention call on the way; see `SelfAttentionTap`.
             share_softmax: see `SelfAttentionTap`.
         """
+        ...
+
+
+class StudentBackbone(Backbone, Protocol):
+    """A backbone that a student can be made of: one that LoRA goes on and that can be kept. A module, too.
+
+    Attributes:
+        denoiser: the network itself.
+        attending: the modules that attend among image tokens, by their name in the denoiser.
+    """
+
+    denoiser: Any
+    attending: dict[str, nn.Module]
+
+    @property
+    def native_size(self) -> int:
+        """Longest side of an image that suits it best, in pixels."""
+        ...
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Longest side of an image in tokens, where the model has learnt positions; None for any."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `open_backbone` reads; LoRA must be merged."""
         ...

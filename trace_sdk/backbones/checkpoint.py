@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trace_sdk.errors import CheckpointError
+from trace_sdk.atomic import whole_file
+from trace_sdk.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLE_NAMES = {".pt", ".pth", ".ckpt", ".bin", ".pkl"}
 
@@ -40,3 +46,20 @@ def sha256_of_folder(folder: str | Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def write_weights(file: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Write safetensors, whole or not at all; floats as fp16, except a tensor that fp16 cannot hold."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stored = {}
+    for name, value in weights.items():
+        value = value.detach().cpu()
+        half = value.half() if value.is_floating_point() else value
+        stored[name] = (half if half.isfinite().all() else value).contiguous()
+    with whole_file(file) as unfinished:
+        try:
+            save_file(stored, unfinished, {"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"Cannot write {file}: {error}. Choose a folder that has room (-o).") from error

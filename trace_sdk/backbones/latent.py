@@ -9,21 +9,23 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed, torch_dtype
-from trace_sdk.backbones.noising import Noising, noising_of
-from trace_sdk.backbones.prompts import Prompt, null_prompt
+from trace_sdk.backbones.noising import noising_of
+from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
 from trace_sdk.backbones.quiet import quiet
-from trace_sdk.backbones.tap import SelfAttentionTap
+from trace_sdk.backbones.tap import SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
 
 LEAST_TOKENS = 8  # a side, below which ABDiv says nothing
@@ -45,6 +47,7 @@ class LatentBackbone(Placed):
             those of self-attention.
         words: tokenizer of the prompt → where the first of its tokens lies among the prompt's `tokens`.
         drops_padding: the prompt's `tokens` are without the tokenizer's padding.
+        no_graph: why a student of it cannot be exported; empty if it can.
     """
 
     family: ClassVar[str]
@@ -57,17 +60,21 @@ class LatentBackbone(Placed):
     words: ClassVar[dict[str, int]] = {"tokenizer": 0}
     drops_padding: ClassVar[bool] = False
     offloaded = False  # the denoiser's weights come to the device layer by layer
+    no_graph: ClassVar[str] = ""
     denoiser: Any
     vae: Any
 
-    def __init__(self, denoiser: Any, vae: Any, noising: Noising, prompt: Prompt, identity: str) -> None:
+    def __init__(self, denoiser: Any, vae: Any, scheduler: dict[str, Any], prompt: Prompt, identity: str) -> None:
+        """`scheduler` is its scheduler_config.json."""
         super().__init__()
-        self.denoiser, self.vae, self.noising, self.identity = denoiser, vae, noising, identity
+        self.denoiser, self.vae, self.identity = denoiser, vae, identity
+        self._scheduler, self.noising = scheduler, noising_of(scheduler)
         self._prompt_names = tuple(prompt)
         for name, value in prompt.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
         named = re.compile(self.self_attention)
-        self._attending = [module for name, module in denoiser.named_modules() if named.search(name)]
+        self.attending = {name: module for name, module in denoiser.named_modules() if named.search(name)}
+        self._calls = SelfAttentionCalls(self.attending.values())
         if self.in_channels != self.latent_channels:
             raise CheckpointError(
                 f"This {self.family} model takes {self.in_channels} channels, its VAE gives {self.latent_channels}: "
@@ -110,14 +117,15 @@ class LatentBackbone(Placed):
             raise CheckpointError(f"{folder / 'vae'} is a {name}; {cls.family} takes {' or '.join(cls.vaes)}.")
         for part in (cls.part, "vae"):
             refuse_pickle(folder / part)
-        noising = noising_of(read_config(folder, "scheduler", "scheduler_config.json"))
+        scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+        noising_of(scheduler)  # what is wrong with it is said before gigabytes are read
         # Text encoders come and go before the denoiser needs the memory.
         prompt = null_prompt(cls, folder, config, torch.device("cpu") if offload else device, dtype)
-        vae = read_part(getattr(diffusers, name), folder / "vae", torch.float32)
-        vae.decoder = nn.Identity()  # never used, half of the weights
+        vae = read_part(getattr(diffusers, name), folder / "vae", torch.float32, unused="decoder.")
+        vae.decoder = nn.Identity()  # half of the weights, and not in a student's folder
         vae.enable_slicing()
         denoiser = read_part(getattr(diffusers, cls.architecture), folder / cls.part, dtype)
-        backbone = cls(denoiser, vae, noising, prompt, identity_of(folder, cls.part, prompt))
+        backbone = cls(denoiser, vae, scheduler, prompt, identity_of(folder, cls.part, prompt))
         backbone.eval().requires_grad_(False)
         failure = None
         try:
@@ -141,6 +149,18 @@ class LatentBackbone(Placed):
                 "Give --precision bf16, or --offload, which keeps the weights in the computer's memory."
             )
         return backbone
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load` reads: fp16 weights, of the VAE its encoder alone, and the null prompt."""
+        folder = Path(folder)
+        for name, model in ((self.part, self.denoiser), ("vae", self.vae)):
+            write_weights(folder / name / f"{WEIGHTS}.safetensors", model.state_dict())
+            write_text(folder / name / "config.json", model.to_json_string())
+        write_text(folder / "scheduler/scheduler_config.json", json.dumps(self._scheduler, indent=2) + "\n")
+        write_bytes(folder / PRECOMPUTED, save({name: value.cpu() for name, value in self.prompt.items()}))
+        parts = {self.part: self.architecture, "vae": type(self.vae).__name__}
+        index = {"_class_name": "DiffusionPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
+        write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
     @property
     def in_channels(self) -> int:
@@ -174,17 +194,24 @@ class LatentBackbone(Placed):
         return -(-LEAST_TOKENS * self.token_side // self.multiple_of) * self.multiple_of
 
     @property
+    def native_size(self) -> int:
+        """Side of the images that it was made for, pixels: 1024 where its configuration doesn't say."""
+        cells = self.denoiser.config.get("sample_size")
+        size = cells * self.latent_side if isinstance(cells, int) else 1024
+        return size if self.most_tokens is None else min(size, self.most_tokens * self.token_side)
+
+    @property
     def most_tokens(self) -> int | None:
         """Longest side of an image in tokens, where the model has learnt positions; None for any."""
         return None
 
     @property
     def self_attention_blocks(self) -> int:
-        return len(self._attending)
+        return len(self.attending)
 
     @property
     def total_heads(self) -> int:
-        return sum(int(module.heads) for module in self._attending)
+        return sum(int(module.heads) for module in self.attending.values())
 
     @property
     def device(self) -> torch.device:
@@ -201,8 +228,11 @@ class LatentBackbone(Placed):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → X_0: the VAE's mean, scaled as the denoiser was trained; always in fp32, which it may need."""
-        self._check_size(images.shape[-2], images.shape[-1])
-        self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
+        if torch.compiler.is_exporting():
+            self.vae.use_slicing = False  # a loop over the batch, whose length a graph leaves open
+        else:
+            self._check_size(images.shape[-2], images.shape[-1])
+            self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
         with torch.autocast(images.device.type, enabled=False):
             return self.scale(self.posterior_mean(images.float()))
 
@@ -249,21 +279,16 @@ class LatentBackbone(Placed):
             )
             for name, value in (prompt or self.prompt).items()
         }
-        with ExitStack() as stack:
-            if on_attention is not None:
-                running: list[nn.Module] = []
-                for module in self._attending:
-                    # What tells self-attention from the rest is the module that calls, not how many keys there are.
-                    stack.enter_context(module.register_forward_pre_hook(lambda module, _: running.append(module)))
-                    stack.enter_context(module.register_forward_hook(lambda *_: running.clear()))
-                tap = SelfAttentionTap(
-                    on_attention,
-                    lambda queries, keys: self.image_tokens(queries, (height, width)) if running else None,
-                    share_softmax=share_softmax,
-                )
-                stack.enter_context(tap)
-            answer = self.denoise(x_t.to(self.dtype), times, given)
-        return answer.float()
+        tap: AbstractContextManager[object] = nullcontext()
+        if on_attention is not None:
+            tap = SelfAttentionTap(
+                on_attention,
+                lambda queries, keys: self.image_tokens(queries, (height, width)),
+                self._calls,
+                share_softmax=share_softmax,
+            )
+        with tap:
+            return self.denoise(x_t.to(self.dtype), times, given).float()
 
     def _check_size(self, height: int, width: int) -> None:
         step, least = self.multiple_of, self.min_size
@@ -280,6 +305,11 @@ class LatentBackbone(Placed):
             )
 
 
+def numbers(like: Tensor, *values: float) -> Tensor:
+    """Numbers, which may be those of a size that a graph leaves open, for each of a batch: [B, count]."""
+    return torch.cat([like.new_full((like.shape[0], 1), value) for value in values], 1)
+
+
 def pack(x_t: Tensor) -> Tensor:
     """Latents [B, C, h, w] → tokens of 2×2 cells [B, h·w/4, 4C], row by row, as the FLUX models take them."""
     return F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
@@ -287,7 +317,7 @@ def pack(x_t: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, latents: tuple[int, int]) -> Tensor:
     """What `pack` did, undone, for latents of that size."""
-    return F.pixel_shuffle(tokens.mT.reshape(len(tokens), -1, latents[0] // 2, latents[1] // 2), 2)
+    return F.pixel_shuffle(tokens.mT.reshape(tokens.shape[0], -1, latents[0] // 2, latents[1] // 2), 2)
 
 
 def read_config(folder: Path, part: str, file: str = "config.json") -> dict[str, Any]:
@@ -307,19 +337,25 @@ def read_config(folder: Path, part: str, file: str = "config.json") -> dict[str,
     return config
 
 
-def read_part(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
+def read_part(architecture: Any, folder: Path, dtype: torch.dtype, *, unused: str | None = None) -> Any:
     """A model from its folder, whole or in shards; of several variants the one without a name, else fp16, else bf16.
 
-    Raises CheckpointError.
+    Raises CheckpointError, also if weights are missing, except those whose names start with `unused`.
     """
     variant = next((v for v in (None, "fp16", "bf16") if has_variant(folder, v)), None)
     try:
-        with quiet():
-            return architecture.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+        with quiet():  # it would only warn of missing weights, and go on with random ones
+            model, found = architecture.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
         raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
+    missing = [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download it again.")
+    return model
 
 
 def has_variant(folder: Path, variant: str | None) -> bool:

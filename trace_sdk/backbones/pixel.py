@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
-from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
+from trace_sdk.backbones.tap import SelfAttention, SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
 
 PATCH = 8
@@ -39,11 +40,16 @@ class PixelBackbone(Placed):
     min_size = 64
     latent_side = 1
     token_side = PATCH
+    native_size = 448
+    most_tokens = None
     noising = FlowMatching(predicts="sample")
 
-    def __init__(self, transformer: FluxTransformer2DModel, identity: str = "") -> None:
+    def __init__(self, denoiser: FluxTransformer2DModel, identity: str = "") -> None:
         super().__init__()
-        self.transformer, self.identity = transformer, identity
+        self.denoiser, self.identity = denoiser, identity
+        blocks = denoiser.single_transformer_blocks
+        self.attending = {f"single_transformer_blocks.{i}.attn": block.attn for i, block in enumerate(blocks)}
+        self._calls = SelfAttentionCalls(self.attending.values())
 
     @classmethod
     def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:
@@ -95,15 +101,8 @@ class PixelBackbone(Placed):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""
-        from safetensors.torch import save
-
-        from trace_sdk.atomic import write_bytes, write_text
-
-        weights = {
-            name: value.detach().half().cpu().contiguous() for name, value in self.transformer.state_dict().items()
-        }
-        write_bytes(Path(folder) / "diffusion_pytorch_model.safetensors", save(weights, {"format": "pt"}))
-        write_text(Path(folder) / "config.json", self.transformer.to_json_string())
+        write_weights(Path(folder) / "diffusion_pytorch_model.safetensors", self.denoiser.state_dict())
+        write_text(Path(folder) / "config.json", self.denoiser.to_json_string())
 
     @staticmethod
     def sha256(folder: str | Path) -> str:
@@ -113,12 +112,12 @@ class PixelBackbone(Placed):
     @property
     def self_attention_blocks(self) -> int:
         """Number of self-attention calls in one forward pass."""
-        return int(self.transformer.config.num_single_layers)
+        return int(self.denoiser.config.num_single_layers)
 
     @property
     def heads(self) -> int:
         """Heads in each block."""
-        return int(self.transformer.config.num_attention_heads)
+        return int(self.denoiser.config.num_attention_heads)
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels → (H, W) in tokens."""
@@ -165,18 +164,16 @@ class PixelBackbone(Placed):
             "return_dict": False,
         }
         if on_attention is None:
-            answer = self.transformer(**inputs)[0]
+            answer = self.denoiser(**inputs)[0]
         else:
             # Joint attention, the one null text token first: [text, image].
             image = slice(1, None)
-            with SelfAttentionTap(on_attention, lambda queries, keys: (image, grid), share_softmax=share_softmax):
-                answer = self.transformer(**inputs)[0]
+            tap = SelfAttentionTap(
+                on_attention, lambda queries, keys: (image, grid), self._calls, share_softmax=share_softmax
+            )
+            with tap:
+                answer = self.denoiser(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """x̂ at t = 0 for the reconstruction term of the student's loss (paper 3.4)."""
-        answer: Tensor = self(images, 0.0)
-        return answer
 
 
 def position_ids(grid: tuple[int, int], like: Tensor) -> Tensor:

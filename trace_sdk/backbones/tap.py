@@ -6,13 +6,13 @@ it hooks `torch.nn.functional.scaled_dot_product_attention` itself rather than a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
@@ -48,6 +48,35 @@ ImageTokens = Callable[[int, int], "tuple[slice, tuple[int, int]] | None"]
 not self-attention over the image."""
 
 
+class SelfAttentionCalls:
+    """Which module is attending just now, and its number in forward order.
+
+    What tells self-attention from the rest is the module that calls, not how many keys there are. A number stays with
+    its module, so that a block that is computed again for its gradients has the one that it had.
+
+    Args:
+        modules: those that attend among image tokens, each once in a forward pass, in any order.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.running: nn.Module | None = None
+        self._numbers: dict[nn.Module, int] = {}
+        for module in modules:  # by bound methods, so that a copied model gets a copy of this
+            module.register_forward_pre_hook(self._enter)
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.running = module
+
+    def _leave(self, *_: Any) -> None:
+        self.running = None
+
+    def number(self) -> int:
+        """Of the module that is attending."""
+        assert self.running is not None
+        return self._numbers.setdefault(self.running, len(self._numbers))
+
+
 class SelfAttentionTap(TorchFunctionMode):
     """Context manager that shows each self-attention call to `on_attention` and leaves the model's answer as it is.
 
@@ -56,7 +85,8 @@ class SelfAttentionTap(TorchFunctionMode):
 
     Args:
         on_attention: called once a self-attention call, in forward order.
-        image_tokens: tells self-attention from cross-attention, and image tokens from text tokens.
+        image_tokens: tells image tokens from text tokens, and without `calls` self-attention from cross-attention.
+        calls: tells self-attention by the module that calls, and numbers the blocks; None: they are counted.
         share_softmax: compute `mean_key` and the model's own answer from one explicit softmax. Saves a third of
             the attention's work where no fused kernel exists, as in an exported graph, at an N×N map a head; the
             answer is then equal up to rounding only.
@@ -66,20 +96,21 @@ class SelfAttentionTap(TorchFunctionMode):
         self,
         on_attention: Callable[[SelfAttention], None],
         image_tokens: ImageTokens,
+        calls: SelfAttentionCalls | None = None,
         *,
         share_softmax: bool = False,
     ) -> None:
         super().__init__()
         self._share_softmax = share_softmax
         self._on_attention = on_attention
-        self._image_tokens = image_tokens
-        self._block = 0
+        self._image_tokens, self._calls = image_tokens, calls
+        self._counted = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and (self._calls is None or self._calls.running is not None):
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
             found = self._image_tokens(query.shape[-2], key.shape[-2])
@@ -95,10 +126,11 @@ class SelfAttentionTap(TorchFunctionMode):
                     answer, joint_lse = attention_with_lse(query, key, value, kwargs.get("scale"))
                     joint_lse, text_key = joint_lse[..., tokens], keys_outside(key, tokens)
                 image_query, image_key = query[..., tokens, :], key[..., tokens, :]
+                block = self._counted if self._calls is None else self._calls.number()
+                self._counted += 1
                 self._on_attention(
-                    SelfAttention(self._block, image_query, image_key, grid, scale, mean_key, joint_lse, text_key)
+                    SelfAttention(block, image_query, image_key, grid, scale, mean_key, joint_lse, text_key)
                 )
-                self._block += 1
                 if answer is not None:
                     return answer
         return func(*args, **kwargs)

@@ -34,6 +34,11 @@ def torch_device_option(command: Command) -> Command:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
+def block_option(what: str) -> Callable[[Command], Command]:
+    """`blocks`, numbers of self-attention blocks; `what` they are for."""
+    return click.option("--block", "blocks", multiple=True, type=int, help=what)
+
+
 def crop_options(tokens: int, sizes: tuple[int, ...]) -> Callable[[Command], Command]:
     """`tokens` and `sizes` of a training step, with their defaults."""
 

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trace_sdk.backbones.device import torch_device
-from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.errors import MissingExtraError, TraceError
 from trace_sdk.labelling.images import NamedImage, Where, find_images
 from trace_sdk.labelling.label import Ready, alike, annotate, load
@@ -55,7 +54,8 @@ class RayLabeller:
     """Rows of `image_rows` → the same images' name, state ("done" or "failed") and reason.
 
     Args:
-        backbone: folder of weights that every worker sees.
+        backbone: as `open_backbone` takes it: a folder that every worker sees, or a hub id. A latent model's denoiser
+            has the weights that the settings' precision says.
         labels: folder that every worker can write to; the same files as of `trace-sdk label`.
         device: of each worker; with `num_gpus`, Ray shows a worker only its own GPU as "cuda".
 
@@ -66,9 +66,10 @@ class RayLabeller:
     def __init__(
         self, backbone: str, labels: str, settings: TeacherSettings | None = None, device: str = "cpu"
     ) -> None:
-        self._teacher = Teacher(PixelBackbone.load(backbone).to(torch_device(device)), settings)
-        self._labels = Path(labels)
-        claim_folder(self._labels, self._teacher.settings, PixelBackbone.sha256(backbone))
+        settings = settings or TeacherSettings()
+        opened = open_backbone(backbone, device=device, precision=settings.precision)
+        self._teacher, self._labels = Teacher(opened, settings), Path(labels)
+        claim_folder(self._labels, settings, opened.identity)
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         names = [str(name) for name in rows["name"]]

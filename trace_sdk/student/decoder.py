@@ -1,11 +1,13 @@
 """The edge decoder G_φ (paper 3.4): per-head divergence at t = 0 and a shallow image stem → edge logits.
 
-The features say where instances part, on the 8 px token grid; the colour gradient says exactly where the picture
+The features say where instances part, on the backbone's grids of 8 px tokens or larger ones; the colour gradient says exactly where the picture
 changes. The decoder answers with the gradient's log-odds plus what it has learnt to add: untrained it is the colour
 gradient, and every step of training is spent on which of its edges are an instance's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,9 @@ from trace_sdk.training.processes import SharedBatchNorm2d
 
 
 class EdgeDecoder(nn.Module):
-    """Features [B, C, H/8, W/8] and image [B, 3, H, W] in [−1, 1] → edge logits [B, H, W].
+    """Features [B, C_k, H_k, W_k] of each block and image [B, 3, H, W] in [−1, 1] → edge logits [B, H, W].
 
-    No layer takes statistics over the image, so a tile's answer depends only on what lies near it.
+    Features of coarser grids are enlarged to the finest, bilinearly. No layer takes statistics over the image, so a tile's answer depends only on what lies near it.
     """
 
     def __init__(self, channels: int, width: int = 48) -> None:
@@ -36,13 +38,14 @@ class EdgeDecoder(nn.Module):
         for value in self.residual.parameters():
             nn.init.zeros_(value)
 
-    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+    def forward(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
         gradient = self.gradient(images)
         full = self.stem1(torch.cat([images, gradient], 1))
         half = self.stem2(full)
         quarter = self.stem4(half)
-        x = self.tokens(self.standardise(features))
-        x = self.join4(torch.cat([_double(x), quarter], 1))
+        finest = max((maps.shape[-2:] for maps in features), key=lambda grid: grid[0])
+        x = self.tokens(self.standardise(torch.cat([_enlarge(maps, finest) for maps in features], 1)))
+        x = self.join4(torch.cat([_enlarge(x, quarter.shape[-2:]), quarter], 1))
         x = self.join2(torch.cat([_double(x), half], 1))
         x = self.join1(torch.cat([_double(x), full], 1))
         logits: Tensor = gradient + self.residual(x)
@@ -54,6 +57,12 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, padding_mode="replicate" if stride == 1 else "zeros"),
         nn.SiLU(),
     )
+
+
+def _enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _double(x: Tensor) -> Tensor:

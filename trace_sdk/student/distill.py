@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
@@ -43,8 +43,10 @@ class DistillSettings:
         lora_from: share of the steps after which LoRA joins; before it only the decoder learns, from a backbone
             that needs no backward pass.
         lora_rank: 0 leaves the backbone as it is.
-        tokens: tokens a step; each step takes as many crops of its size as fit.
-        sizes: crop sides in pixels, taken in turn at random.
+        blocks: numbers of the self-attention blocks that the decoder reads, None for all; the student ends after the
+            last of them.
+        tokens: 8×8 px tokens a step; each step takes as many crops of its size as fit.
+        sizes: crop sides in pixels, taken in turn at random; multiples of the backbone's.
         batches: how many different batches there are, taken in turn; 0 makes a new one for every step. Kept in
             memory together with their features as long as the backbone stands still, which saves its pass: at
             6,400 tokens about 11 MB a batch; seen on a CPU: 2.6 s a step at first, then 0.6 s.
@@ -61,6 +63,7 @@ class DistillSettings:
     steps: int = 1500
     lora_from: float = 0.5
     lora_rank: int = 64
+    blocks: tuple[int, ...] | None = None
     tokens: int = 16 * 1024
     sizes: tuple[int, ...] = (192, 256, 320)
     batches: int = 0
@@ -87,11 +90,12 @@ class DistillSettings:
             raise ArgumentError(
                 f"accumulate and validate_every must be at least 1, got {self.accumulate} and {self.validate_every}."
             )
-        check_crops(self.sizes, self.tokens)
+        if self.blocks == ():
+            raise ArgumentError("blocks must name at least one block, or be None for all.")
 
 
 def distill(
-    backbone: PixelBackbone,
+    backbone: Backbone,
     images: LabelledImages,
     out: Path,
     settings: DistillSettings,
@@ -104,7 +108,7 @@ def distill(
     """Train until `settings.steps`, going on from `out` if a run was cut there.
 
     Args:
-        backbone: the teacher's backbone.
+        backbone: the teacher's backbone, with bf16 weights where they are many; LoRA and decoder are fp32.
         images: photos with labels; each step's batch depends on (seed, step) alone.
         out: folder for the state, the curves (`curves.csv`, `curves.png`) and the finished student.
         held_out: labelled images that are not learnt from. The student is then the one of the step with the best
@@ -126,10 +130,9 @@ def distill(
     about: dict[str, Any] = {"distilled_steps": trainer.step, "settings": asdict(settings)}
     if held_out:
         about |= trainer.take_best()
-    student = trainer.student
-    student.merge_lora()
-    student.eval()
+    student = trainer.student.eval()
     student.threshold, _ = calibrate_threshold(student, held_out or images, settings.sizes[0])
+    student.merge_lora()
     if process_index() == 0:
         student.save(out, about)
     return student
@@ -144,12 +147,16 @@ Part = tuple[float, Batch]
 """The share of a step's batch that this part is over all processes, and what this process has of it."""
 
 
+Read = tuple[list[Tensor], Tensor, Tensor]
+"""Features of each block, the backbone's answer, and what it is to be; see `Student.features`."""
+
+
 class _Trainer:
     """Student, optimizer and step; all that a checkpoint must hold."""
 
     def __init__(
         self,
-        backbone: PixelBackbone,
+        backbone: Backbone,
         images: LabelledImages,
         settings: DistillSettings,
         device: torch.device,
@@ -165,14 +172,15 @@ class _Trainer:
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, device, 0
         self.out, self.held_out, self.best_score = out, held_out, -1.0
-        self.student = Student(backbone)
+        self.student = Student(backbone, blocks=settings.blocks)
+        check_crops(settings.sizes, settings.tokens, self.student.multiple_of, self.student.min_size)
         self.student.add_lora(settings.lora_rank)
         if settings.checkpointing:
             self.student.checkpoint_activations()
         self.student.to(self.device)
         self.known: dict[int, list[Part]] = {}  # by number
-        self.read: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # features and reconstruction of known parts
-        self.lora = [value for value in self.student.backbone.parameters() if value.requires_grad]
+        self.read: dict[tuple[int, int], Read] = {}  # of known parts
+        self.lora = [value for value in self.student.backbone.denoiser.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.student.decoder.parameters()), "weight_decay": 1e-2},
@@ -195,31 +203,33 @@ class _Trainer:
             self.known[number] = parts
         return number, parts
 
-    def features(self, key: tuple[int, int], images: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
-        """The student's features and reconstruction; from memory while no LoRA changes them."""
+    def features(self, key: tuple[int, int], images: Tensor, *, joint: bool) -> Read:
+        """What a pass over the images gives; from memory while no LoRA changes it."""
         if joint:
             self.read.clear()
         if key in self.read:
             return self.read[key]
         reduced = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced), torch.set_grad_enabled(joint):
-            answer = self.student.features(images)
+            clean = self.student.encode(images)
+            maps, answer = self.student.features(clean)
+            read = maps, answer, self.student.reconstruction_target(clean, None if joint else answer)
         if self.settings.batches and not joint:
-            self.read[key] = answer
-        return answer
+            self.read[key] = read
+        return read
 
     def train(self, numbered: tuple[int, list[Part]]) -> dict[str, float]:
         number, parts = numbered
         joint = bool(self.lora) and self.step >= self.settings.lora_from * self.settings.steps
-        self.student.train()
+        self.student.decoder.train()
         terms = {"dice": 0.0, "graded": 0.0, "reconstruction": 0.0}
         for index, (share, batch) in enumerate(parts):
             images, labels, edges = (x.to(self.device) for x in batch)
-            features, reconstruction = self.features((number, index), images, joint=joint)
-            logits = self.student.decoder(features, images)
+            maps, answer, target = self.features((number, index), images, joint=joint)
+            logits = self.student.decoder(maps, images)
             dice = dice_loss(logits, labels)
             graded = graded_loss(logits, edges)
-            rebuilt = reconstruction_loss(reconstruction, images)
+            rebuilt = reconstruction_loss(answer, target)
             loss = dice + self.settings.graded * graded
             if joint:
                 loss = loss + self.settings.reconstruction * rebuilt
@@ -281,7 +291,7 @@ class _Trainer:
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "batches", "seed"))
+        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "blocks", "batches", "seed"))
         try:
             self.put(tensors)
             restore_optimizer(self.optimizer, "optimizer", tensors)

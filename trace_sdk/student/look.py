@@ -21,7 +21,7 @@ def draw_validation(student: Student, images: LabelledImages, size: int, thresho
     """Write a PNG with a row for each of four crops of side `size`, the same crops at every step."""
     device = next(student.parameters()).device
     photos, labels, _ = images.batch(1 << 30, CROPS, size)
-    edges = student(photos.to(device))[0].sigmoid().cpu()
+    edges = student.logits(photos.to(device)).sigmoid().cpu()
     shown = [
         ((photos.permute(0, 2, 3, 1) + 1) * 127.5).numpy(),
         colour_labels(labels.numpy().astype(np.int8)),

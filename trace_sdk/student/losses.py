@@ -32,9 +32,17 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (total(edge.square().sum()) + total(probability.square().sum()) + 1)
 
 
-def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """‖I − Î‖², mean over pixels; images in [−1, 1]."""
-    return mean_of_all((reconstruction.float() - images.float()).square().mean(), images.numel())
+def reconstruction_loss(answer: Tensor, target: Tensor) -> Tensor:
+    """‖I − Î‖², mean over values, in the terms of the backbone's own answer at t = 0; both of the shape of X_0.
+
+    A backbone that answers X̂_0 is asked for X_0: the photo in [−1, 1], or its latents.
+
+    One that answers ε or a velocity has X̂_0 = X_0 at t = 0 whatever it answers, so that ‖I − Î‖² would hold nothing.
+    At any other t, X̂_0 is X_t less the answer times a weight of t: what LoRA changes of the reconstruction is what it
+    changes of the answer. So the target is the answer without LoRA. That costs a pass without gradients in place of the
+    VAE's decoder, its weights, and a backward pass through it.
+    """
+    return mean_of_all((answer.float() - target.float()).square().mean(), target.numel())
 
 
 def graded_loss(logits: Tensor, graded: Tensor) -> Tensor:

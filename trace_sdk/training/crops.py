@@ -10,10 +10,12 @@ from trace_sdk.errors import ArgumentError
 PATCH, SMALLEST = PixelBackbone.multiple_of, PixelBackbone.min_size
 
 
-def check_crops(sizes: tuple[int, ...], tokens: int) -> None:
-    """Raise ArgumentError unless every size is a multiple of 8 from 64 and fits into a step of `tokens`."""
-    if not sizes or any(size % PATCH or size < SMALLEST for size in sizes):
-        raise ArgumentError(f"Crop sizes must be multiples of {PATCH} from {SMALLEST}, got {sizes}.")
+def check_crops(sizes: tuple[int, ...], tokens: int, multiple_of: int = PATCH, min_size: int = SMALLEST) -> None:
+    """Raise ArgumentError unless every size suits the backbone and fits into a step of `tokens`, 8×8 px each."""
+    if not sizes or any(size % multiple_of or size < min_size for size in sizes):
+        raise ArgumentError(
+            f"Crop sizes must be multiples of {multiple_of} from {min_size} for this backbone, got {sizes} (--size)."
+        )
     if tokens < (max(sizes) // PATCH) ** 2:
         raise ArgumentError(f"{tokens} tokens a step hold no crop of {max(sizes)} px; raise --tokens.")
 

@@ -16,6 +16,7 @@ class Lumina2(LatentBackbone):
 
     family = "lumina2"
     architecture = "Lumina2Transformer2DModel"
+    no_graph = "its diffusers class goes through the images of a batch one by one"
     self_attention = r"^(noise_refiner|layers)\.\d+\.attn$"
     drops_padding = True
 

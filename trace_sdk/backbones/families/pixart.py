@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_sdk.backbones.latent import LatentBackbone
+from trace_sdk.backbones.latent import LatentBackbone, numbers
 from trace_sdk.backbones.prompts import Prompt
 
 
@@ -32,8 +32,10 @@ class PixArt(LatentBackbone):
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.use_additional_conditions:  # α at 1024 px
             height, width = (side * self.latent_side for side in x_t.shape[-2:])
-            sizes["resolution"] = x_t.new_tensor([height, width]).expand(len(x_t), 2)
-            sizes["aspect_ratio"] = x_t.new_tensor([height / width]).expand(len(x_t), 1)
+            sizes["resolution"] = numbers(x_t, height, width)
+            sizes["aspect_ratio"] = numbers(x_t, height / width)
+        if torch.compiler.is_exporting():
+            self.denoiser.pos_embed.height = None  # positions kept for one size would bind the graph to it
         answer: Tensor = self.denoiser(
             x_t,
             encoder_hidden_states=prompt["tokens"],

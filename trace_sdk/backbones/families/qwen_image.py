@@ -31,12 +31,12 @@ class QwenImage(LatentBackbone):
         return {"tokens": pipeline.encode_prompt(prompt)[0]}
 
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-        batch, _, height, width = x_t.shape
+        height, width = x_t.shape[-2:]
         answer = self.denoiser(
             hidden_states=pack(x_t),
             encoder_hidden_states=prompt["tokens"],
             timestep=t,
-            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            img_shapes=[[(1, height // 2, width // 2)]],  # one stands for all
             return_dict=False,
         )[0]
         return unpack(answer, (height, width))

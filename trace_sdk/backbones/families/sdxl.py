@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trace_sdk.backbones.families.sd import StableDiffusion
+from trace_sdk.backbones.latent import numbers
 from trace_sdk.backbones.prompts import Prompt
 
 
@@ -30,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         height, width = (side * self.latent_side for side in x_t.shape[-2:])
-        sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), 6)  # original, cropped at, target
+        sizes = numbers(x_t, height, width, 0, 0, height, width)  # original, cropped at, target
         answer: Tensor = self.denoiser(
             x_t,
             self.noising.timestep(t),

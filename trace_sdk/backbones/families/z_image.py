@@ -18,6 +18,7 @@ class ZImage(LatentBackbone):
 
     family = "z-image"
     architecture = "ZImageTransformer2DModel"
+    no_graph = "its diffusers class goes through the images of a batch one by one"
     self_attention = r"^(noise_refiner|layers)\.\d+\.attention$"
     image_first = True
     drops_padding = True
