@@ -5,8 +5,8 @@
 IMAGES and LABELS as for `trace-sdk distill`; SCENES are pictures with NAME.ids.png, as `recipes/trace-small/
 compose_scenes.py --ids` writes them. Every choice gets a decoder of its own from the same seed, batches, steps and
 frozen backbone, so one pass of the backbone serves them all. Edges are scored on SCENES as they are, unscaled. What a
-choice costs is measured on its exported engine, in turns with the others, as CPU time of one thread. Writes
-student-size.json and .md into benchmarks/results/.
+choice costs is measured on its exported engine, in turns with the others, as CPU time of one thread. A run that was cut
+goes on. Writes student-size.json and .md into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import json
 import re
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,10 +140,10 @@ def train(student: SizedStudent, batches: list[Read], steps: int) -> None:
 
 
 @torch.no_grad()
-def label_score(student: SizedStudent, batches: list[Read]) -> tuple[float, float]:
-    """(threshold, F-measure against the held-out images' snapped labels), as `distill --hold-out` scores."""
+def label_score(student: SizedStudent, batches: list[Read]) -> float:
+    """Best F-measure against the held-out images' snapped labels, as `distill --hold-out` scores."""
     answers = [student.decoder(chosen(b.features, student.choice), b.images).sigmoid().flatten() for b in batches]
-    return best_threshold(torch.cat(answers), torch.cat([(b.labels == EDGE).flatten() for b in batches]))
+    return best_threshold(torch.cat(answers), torch.cat([(b.labels == EDGE).flatten() for b in batches]))[1]
 
 
 class Decoded:
@@ -182,11 +180,14 @@ def scores(method: Method, dataset: Dataset, thresholds: int) -> dict[str, float
     return {"ods": found.ods, "ap": found.ap}
 
 
-def engines(students: dict[str, SizedStudent], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Each student as an engine file."""
-    for number, (name, student) in enumerate(students.items()):
-        export_onnx(student, folder / f"{number}.onnx", name=str(number))
-        yield name, folder / f"{number}.onnx"
+def engines(backbone: PixelBackbone, folder: Path) -> dict[str, Path]:
+    """Each choice as an engine file, made where it is not there yet; what it learnt does not change its cost."""
+    files = {}
+    for number, choice in enumerate(choices(backbone.self_attention_blocks)):
+        files[choice.name] = file = folder / f"{number}.onnx"
+        if not file.is_file():
+            export_onnx(SizedStudent(backbone, choice), file, name=str(number))
+    return files
 
 
 def cpu_milliseconds(files: dict[str, Path], size: int, rounds: int) -> dict[str, float]:
@@ -225,6 +226,32 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Known:
+    """Scores by seed and choice, kept in a file, so that a run that was cut goes on."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._file, self._settings = file, settings
+        kept = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "scores": {}}
+        if kept["settings"] != settings:
+            raise SystemExit(f"error: {file} is of a run with other settings. Remove it, or give another --work.")
+        self._scores: dict[str, dict[str, float]] = kept["scores"]
+
+    def __contains__(self, key: tuple[int, str]) -> bool:
+        return self._key(*key) in self._scores
+
+    def __getitem__(self, key: tuple[int, str]) -> dict[str, float]:
+        return self._scores[self._key(*key)]
+
+    def add(self, seed: int, name: str, found: dict[str, float]) -> None:
+        """Keep one more."""
+        self._scores[self._key(seed, name)] = found
+        write_text(self._file, json.dumps({"settings": self._settings, "scores": self._scores}, indent=2) + "\n")
+
+    @staticmethod
+    def _key(seed: int, name: str) -> str:
+        return f"{name}, seed {seed}"
+
+
 def summary(values: list[float]) -> dict[str, Any]:
     """Mean and half the range over seeds."""
     return {"mean": statistics.fmean(values), "spread": (max(values) - min(values)) / 2, "seeds": values}
@@ -245,56 +272,57 @@ def main() -> int:
     parser.add_argument("--thresholds", type=int, default=33)
     parser.add_argument("--size", type=int, default=448, help="side in px at which engines are timed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("runs/student-size"), help="what a cut run goes on from")
     parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = PixelBackbone.load(options.backbone)
-    whole = Student(backbone)
     learnt, held_out = LabelledImages(options.images, options.labels, 0).split(0.15)
     dataset = open_dataset(options.held_out)
-    scenes = read_scenes(whole, dataset)
-    judged = read(whole, held_out, range(1 << 30, (1 << 30) + 12), 2, options.crop)
-    rows: dict[str, dict[str, Any]] = {}
-    students: dict[str, SizedStudent] = {}
+    settings = {name: vars(options)[name] for name in ("steps", "batches", "crops", "crop", "thresholds")}
+    settings |= {"images": len(learnt.pairs), "scenes": len(dataset)}
+    known = Known(options.work / "scores.json", settings)
+    wanted = choices(backbone.self_attention_blocks)
+    whole, judged, scenes = Student(backbone), None, {}
     for seed in range(options.seeds):
-        numbers = range(seed * options.batches, (seed + 1) * options.batches)
-        batches = read(whole, learnt, numbers, options.crops, options.crop)
-        for choice in choices(backbone.self_attention_blocks):
-            start = time.process_time()
+        missing = [choice for choice in wanted if (seed, choice.name) not in known]
+        if missing:
+            judged = judged or read(whole, held_out, range(1 << 30, (1 << 30) + 12), 2, options.crop)
+            scenes = scenes or read_scenes(whole, dataset)
+            numbers = range(seed * options.batches, (seed + 1) * options.batches)
+            batches = read(whole, learnt, numbers, options.crops, options.crop)
+        for choice in missing:
             torch.manual_seed(seed)
             student = SizedStudent(backbone, choice)
             train(student, batches, options.steps)
-            student.threshold, score = label_score(student, judged)
             found = scores(Decoded(student, scenes), dataset, options.thresholds)
-            row = rows.setdefault(choice.name, {"blocks": choice.blocks, "width": choice.width, "found": []})
-            row["found"].append({"label_score": score, **found})
-            students[choice.name] = student
-            print(seed, choice.name, f"{score:.3f}", found, f"{time.process_time() - start:.0f} s", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        files = dict(engines(students, Path(folder)))
-        times = cpu_milliseconds(files, options.size, options.rounds)
-        sizes = {name: file.stat().st_size for name, file in files.items()}
+            known.add(seed, choice.name, {"label_score": label_score(student, judged), **found})
+            print(seed, choice.name, known[seed, choice.name], flush=True)
+    files = engines(backbone, options.work)
+    times = cpu_milliseconds(files, options.size, options.rounds)
     result = {
         "command": " ".join(["benchmarks/student_size.py", *sys.argv[1:]]),
         "device": name_of("cpu"),
         "hardware": hardware(),
         "versions": versions(["torch", "onnxruntime", "diffusers"]),
         "commit": commit(),
-        "images": len(learnt.pairs),
-        "scenes": len(scenes),
-        **{name: vars(options)[name] for name in ("steps", "batches", "crops", "crop", "thresholds", "size")},
+        **settings,
+        "size": options.size,
         "seeds": list(range(options.seeds)),
         "rows": [
             {
-                "name": name,
-                "blocks": row["blocks"],
-                "width": row["width"],
-                **{key: summary([one[key] for one in row["found"]]) for key in ("label_score", "ods", "ap")},
-                "parameters": sum(value.numel() for value in students[name].used()),
-                "engine_bytes": sizes[name],
-                "cpu_ms": times[name],
+                "name": choice.name,
+                "blocks": choice.blocks,
+                "width": choice.width,
+                **{
+                    key: summary([known[seed, choice.name][key] for seed in range(options.seeds)])
+                    for key in ("label_score", "ods", "ap")
+                },
+                "parameters": sum(value.numel() for value in SizedStudent(backbone, choice).used()),
+                "engine_bytes": files[choice.name].stat().st_size,
+                "cpu_ms": times[choice.name],
             }
-            for name, row in rows.items()
+            for choice in wanted
         ],
         "baselines": {method.name: scores(method, dataset, options.thresholds) for method in BASELINES},
     }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trace_sdk.atomic import write_bytes
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.labelling.images import find_images
 from trace_sdk.labelling.label import LabelJob
@@ -71,14 +72,13 @@ def test_every_choice_gets_its_row(
     LabelJob(
         Teacher(tiny_backbone, TeacherSettings(size=64, timesteps=(0.2,))), find_images(images), labels, "sha", batch=4
     ).run()
-    monkeypatch.setattr(script, "export_onnx", lambda student, out, name: out.write_bytes(bytes(int(name) + 1)))
+    monkeypatch.setattr(script, "export_onnx", lambda student, out, name: write_bytes(out, bytes(int(name) + 1)))
     monkeypatch.setattr(script, "cpu_milliseconds", lambda files, size, rounds: dict.fromkeys(files, 2.0))
     threads = torch.get_num_threads()
     options = f"--labels {labels} --held-out {scenes} --backbone {tmp_path / 'backbone'} -o {tmp_path} --steps 4"
-    options += " --batches 2 --crops 1 --crop 64 --seeds 2 --thresholds 3"
+    options += f" --work {tmp_path / 'work'} --batches 2 --crops 1 --crop 64 --seeds 2 --thresholds 3"
     monkeypatch.setattr(sys, "argv", ["student_size.py", str(images), *options.split()])
     assert script.main() == 0
-    torch.set_num_threads(threads)
     result = json.loads((tmp_path / "student-size.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == [choice.name for choice in script.choices(2)] and len(rows) == 6
@@ -87,5 +87,12 @@ def test_every_choice_gets_its_row(
     assert rows["block 0"]["parameters"] < 0.7 * rows["block 1"]["parameters"]
     assert rows["no attention"]["parameters"] < rows["block 0"]["parameters"] / 5
     assert result["baselines"]["lab-gradient"]["ods"] > 0.3
+    for name in ("train", "read_scenes"):  # all is known now
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("done again"))
+    assert script.main() == 0 and json.loads((tmp_path / "student-size.json").read_text())["rows"] == result["rows"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--crops", "2"])
+    with pytest.raises(SystemExit, match="other settings"):
+        script.main()
+    torch.set_num_threads(threads)
     table = (tmp_path / "student-size.md").read_text()
     assert all(f"| {name} |" in table for name in [*rows, "canny", "lab-gradient"])
