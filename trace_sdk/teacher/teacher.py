@@ -144,6 +144,12 @@ class Teacher:
             raise ArgumentError(f"size must be at least {least} px for this backbone, got {size}.")
         if tile is not None and (tile < least or tile % step):
             raise ArgumentError(f"tile must be a multiple of {step} px from {least} for this backbone, got {tile}.")
+        tokens = getattr(self.backbone, "most_tokens", None)
+        if tokens is not None and (tile or size) > tokens * self.backbone.token_side:
+            raise ArgumentError(
+                f"This backbone has learnt positions up to {tokens * self.backbone.token_side} px, got {tile or size}. "
+                "Lower size, or read larger images in windows (tile)."
+            )
         if self.backbone.dtype not in (torch.float32, torch_dtype(precision)):
             raise ArgumentError(
                 f"The backbone's weights are {self.backbone.dtype}, but precision is {precision}. Open it with "
