@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class QwenImage(LatentBackbone):
     architecture = "QwenImageTransformer2DModel"
     vaes = ("AutoencoderKLQwenImage",)
     self_attention = r"\.attn$"
+    words: ClassVar[dict[str, int]] = {"tokenizer": -34}  # the template before the prompt is cut off
+    drops_padding = True
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
