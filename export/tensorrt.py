@@ -8,9 +8,10 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from trace_sdk.atomic import write_bytes
+from trace_sdk.engines.cuda import gpu_name
 from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_seal
 from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
-from trace_sdk.engines.tensorrt import PACKAGES, check_built, gpu_name, load_package
+from trace_sdk.engines.tensorrt import PACKAGES, check_built, load_package
 from trace_sdk.errors import ArgumentError, EngineError
 from trace_sdk.export.any_size import need_onnx
 from trace_sdk.machine import cache_folder

@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector
-from trace_sdk.engines import onnx
-from trace_sdk.errors import ArgumentError, DeviceError, EngineError, ImageError
+from trace_sdk.engines import onnx, providers
+from trace_sdk.engines.gpu_thread import GpuThread
+from trace_sdk.errors import ArgumentError, DeviceError, EngineError, ImageError, OutOfMemoryError
 from trace_sdk.machine import usable_cpus
 
 MakeEngine = Callable[..., bytes]
@@ -221,7 +222,7 @@ def test_cuda_without_cuda_is_an_error(tiny_engine: Path, device: str, monkeypat
 
 def test_cuda_that_does_not_start_is_no_silent_cpu(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = onnx._session
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx.CUDA, onnx.CPU])
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [providers.CUDA, onnx.CPU])
     monkeypatch.setattr(onnx, "_session", lambda *given: plain(*given[:-1], [onnx.CPU]))
     with pytest.raises(DeviceError, match="could not start it"):
         EdgeDetector(tiny_engine, device="cuda")
@@ -235,39 +236,45 @@ def test_wrong_answers_of_the_network_are_errors(make_engine: MakeEngine, tmp_pa
         EdgeDetector(tmp_path / "e.onnx").run(photo(64, 64))
 
 
-def test_a_provider_that_fails_is_no_silent_cpu(tiny_engine: Path) -> None:
+def test_a_provider_that_fails_is_no_silent_cpu(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime's Python session would print a line, start again on the CPU and answer."""
     from onnxruntime.capi._pybind_state import EPFail
 
     engine = onnx.OnnxEngine(tiny_engine.read_bytes(), "tiny")
-    engine._session._sess = Mock(wraps=engine._session._sess)
-    engine._session._sess.run.side_effect = EPFail("device lost")
+    monkeypatch.setattr(engine._session, "run_with_iobinding", Mock(side_effect=EPFail("device lost")))
     with pytest.raises(EngineError, match="device lost"):
         engine.infer(np.zeros((1, 16, 16, 3), np.uint8))
 
 
-def test_a_batch_too_large_for_the_device_is_halved_once(tiny_engine: Path) -> None:
+def test_a_batch_too_large_for_the_device_is_halved_once(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = onnx.OnnxEngine(tiny_engine.read_bytes(), "tiny")
     batch = np.stack([photo(16, 16, seed) for seed in range(6)])
-    expected, engine.provider = engine.infer(batch), onnx.CUDA
-    whole, sizes, room = engine._session._sess.run, [], 3
+    expected, engine._gpu_thread = engine.infer(batch), GpuThread("tiny")
+    sizes: list[int] = []
+    room, word = 3, "BFCArena: Failed to allocate memory for requested buffer of size 9"
+    whole, held = engine._session.run_with_iobinding, engine._bound._bound
 
-    def run(names: Any, given: dict[str, NDArray[np.uint8]], options: Any) -> Any:
-        sizes.append(len(given["image"]))
+    def run(binding: Any, options: Any) -> None:
+        sizes.append(next(reversed(held))[0])
         if sizes[-1] > room:
-            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 9")
-        return whole(names, given, options)
+            raise RuntimeError(word)
+        whole(binding, options)
 
-    engine._session._sess = Mock(wraps=engine._session._sess)
-    engine._session._sess.run.side_effect = run
+    monkeypatch.setattr(engine._session, "run_with_iobinding", run)
     np.testing.assert_allclose(engine.infer(batch), expected, atol=1e-6)
     assert sizes == [6, 3, 3]
+    assert {shape[0] for shape in held} == {1, 3}, "the batch that failed keeps no memory"
     room = 2
-    with pytest.raises(EngineError, match=r"Failed to allocate.*smaller size"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"smaller batch \(here 6, half of it was tried\).*size \(here 16x16.*BFCArena"
+    ):
         engine.infer(batch)
     assert sizes[3:] == [6, 3], "halved once"
     np.testing.assert_allclose(engine.infer(batch[:2]), expected[:2], atol=1e-6)
-    engine._session._sess.run.side_effect = RuntimeError("device lost")
+    room = 0
+    with pytest.raises(OutOfMemoryError, match=r"memory of cpu is too small. Use a smaller size \(here 16x16"):
+        engine.infer(batch[:1])
+    word = "device lost"
     with pytest.raises(EngineError, match="device lost"):
         engine.infer(batch)
 

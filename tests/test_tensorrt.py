@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
-from trace_sdk.engines import onnx, read_engine, tensorrt
+from trace_sdk.engines import read_engine, tensorrt
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
 from trace_sdk.engines.tensorrt import check_built
@@ -185,29 +185,6 @@ def test_the_cache_is_used_and_damage_is_built_again(
     with pytest.raises(KeyboardInterrupt):
         build_once(make_engine(gain=0.5), "other.onnx", "tensorrt-rtx")
     assert list((tmp_path / "cache").iterdir()) == [file]
-
-
-def test_onnxruntimes_tensorrt_that_is_not_there(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx.CPU])
-    with pytest.raises(DeviceError, match=r"onnxruntime-gpu.*TensorRT 10"):
-        EdgeDetector(tiny_engine, runtime="onnxruntime-tensorrt")
-    plain = onnx._session
-    given: list[object] = []
-
-    def session(*arguments: object) -> object:
-        given.append(arguments[-1])
-        return plain(*arguments[:-1], [onnx.CPU])  # type: ignore[arg-type]
-
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx.TENSORRT, onnx.CUDA, onnx.CPU])
-    monkeypatch.setattr(onnx, "_session", session)
-    with pytest.raises(DeviceError, match="could not start it"):
-        EdgeDetector(tiny_engine, device="cuda:1", runtime="onnxruntime-tensorrt")
-    (providers,) = given
-    assert [provider[0] for provider in providers[:2]] == [onnx.TENSORRT, onnx.CUDA]  # type: ignore[index]
-    options = providers[0][1]  # type: ignore[index]
-    assert (
-        options["device_id"] == 1 and options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "True"
-    )
 
 
 def test_unknown_runtimes(tiny_engine: Path) -> None:

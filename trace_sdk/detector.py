@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -86,16 +87,21 @@ class EdgeDetector:
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
         if threads is not None and (not _is_whole(threads) or threads < 1):
             raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
-        self._engine = open_engine(engine, device, threads, runtime)
-        self._manifest = self._engine.manifest
-        self._scales_itself = self._manifest.input == ANY_SIZE
-        if self._scales_itself and (buckets is not None or size not in (None, self._manifest.default_size)):
+        self._engine = open_engine(engine, device, threads, runtime, partial(self._known_shapes, size, buckets))
+
+    def _known_shapes(
+        self, size: int | None, buckets: Sequence[int] | None, manifest: Manifest
+    ) -> list[tuple[int, int]]:
+        """Settle how pictures go into an engine that is about to be loaded; the shapes that it will meet, if known."""
+        self._manifest, self._scales_itself = manifest, manifest.input == ANY_SIZE
+        if self._scales_itself and (buckets is not None or size not in (None, manifest.default_size)):
             raise ArgumentError(
-                f"{self._manifest.name} scales photos to {self._manifest.default_size} px inside its graph, so "
+                f"{manifest.name} scales photos to {manifest.default_size} px inside its graph, so "
                 "size and buckets cannot be chosen. Use the engine that it was made of, or export another."
             )
-        self.size = size or self._manifest.default_size
+        self.size = size or manifest.default_size
         self.buckets = self._checked_buckets(buckets) if buckets is not None else ()
+        return self.bucket_shapes()
 
     @property
     def manifest(self) -> Manifest:
@@ -104,8 +110,8 @@ class EdgeDetector:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Engine, engine_reason, engine_sha256, device, device_reason, provider, threads, precision, size, buckets,
-        threshold.
+        """Engine, engine_reason, engine_sha256, device, device_reason, provider, threads, memory, cuda_graphs (captured
+        so far), precision, size, buckets, threshold.
         """
         return {
             "engine": self._manifest.name,
@@ -115,6 +121,8 @@ class EdgeDetector:
             "device_reason": self._engine.device_reason,
             "provider": self._engine.provider,
             "threads": self._engine.threads,
+            "memory": self._engine.memory,
+            "cuda_graphs": self._engine.cuda_graphs,
             "precision": self._manifest.precision,
             "size": self.size,
             "buckets": self.buckets,

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector
-from trace_sdk.errors import DeviceError, MissingExtraError
+from trace_sdk.errors import DeviceError, MissingExtraError, OutOfMemoryError
 
 RUNTIMES = ["onnxruntime", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"]
 
@@ -45,3 +45,34 @@ def test_64_threads_give_the_serial_answers(detector: EdgeDetector) -> None:
     with ThreadPoolExecutor(64) as pool:
         for number, edges in enumerate(pool.map(lambda n: detector.run(photo(n % 8)), range(256))):
             np.testing.assert_array_equal(edges.probability, serial[number % 8])
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+def test_each_bucket_shape_is_captured_and_answers_as_before(
+    runtime: str, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACE_CACHE", f"{tmp_path}/cache")
+    try:
+        plain = EdgeDetector(tiny_engine, device="cuda", runtime=runtime)
+    except (DeviceError, MissingExtraError) as error:
+        pytest.skip(str(error))
+    captured = EdgeDetector(tiny_engine, device="cuda", runtime=runtime, buckets=[96, 128])
+    captured.warmup()
+    assert captured.info["cuda_graphs"] == 3, captured.info["device_reason"]
+    for seed in range(6):
+        picture = photo(seed)[: 108 - 20 * (seed % 2)]
+        # This engine sees 1 px far, so padding to a bucket changes nothing.
+        np.testing.assert_allclose(captured.run(picture).probability, plain.run(picture).probability, atol=2e-3)
+    assert captured.info["cuda_graphs"] == 3 and "pinned" in captured.info["memory"]
+
+
+def test_a_full_gpu_is_an_error_and_the_next_answer_comes(detector: EdgeDetector) -> None:
+    cuda = pytest.importorskip("cuda.bindings.runtime")
+    before = detector.run(photo(0)).probability
+    _, free, _ = cuda.cudaMemGetInfo()
+    error, taken = cuda.cudaMalloc(free - (16 << 20))
+    assert not int(error)
+    with pytest.raises(OutOfMemoryError, match="smaller"):
+        detector._engine.infer(np.zeros((8, 1024, 1024, 3), np.uint8))
+    cuda.cudaFree(taken)
+    np.testing.assert_array_equal(detector.run(photo(0)).probability, before)

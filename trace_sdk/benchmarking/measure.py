@@ -110,7 +110,7 @@ def devices(engine: str | os.PathLike[str] = "") -> list[str]:
         return ["cuda"]
     import onnxruntime
 
-    from trace_sdk.engines.onnx import CUDA
+    from trace_sdk.engines.providers import CUDA
 
     return ["cpu", *(["cuda"] if CUDA in onnxruntime.get_available_providers() else [])]
 

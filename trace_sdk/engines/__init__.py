@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable, Collection
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from trace_sdk.errors import ArgumentError, EngineError
 
 ON_CPU, ON_GPU = "trace-nano", "trace-small"  # what is opened where no engine is named
 BUNDLED = (ON_CPU, ON_GPU)
+Shapes: TypeAlias = Callable[[Manifest], Collection[tuple[int, int]]]  # see `open_engine`
 RUNTIMES = ("onnxruntime", "onnxruntime-tensorrt", *PACKAGES, "torch", "torch.compile")
 
 
@@ -33,6 +35,8 @@ class Engine(Protocol):
         device_reason: why it runs there.
         provider: the runtime's own name for that.
         threads: CPU threads that work on one picture.
+        memory: where inputs and answers lie.
+        cuda_graphs: how many were captured so far.
     """
 
     manifest: Manifest
@@ -42,6 +46,12 @@ class Engine(Protocol):
     device_reason: str
     provider: str
     threads: int
+
+    @property
+    def memory(self) -> str: ...
+
+    @property
+    def cuda_graphs(self) -> int: ...
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Edge probability of RGB pictures: uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1].
@@ -60,6 +70,7 @@ def open_engine(
     device: str = "auto",
     threads: int | None = None,
     runtime: str = "auto",
+    shapes: Shapes = lambda manifest: (),
 ) -> Engine:
     """Open an engine file, or one that comes with the package, on a device.
 
@@ -68,6 +79,8 @@ def open_engine(
         device: "cpu", "cuda", "cuda:N" or "auto" (CUDA where it works, else CPU).
         threads: CPU threads that work on one picture; None: the cores that this process may use.
         runtime: "auto" by what the file is, or one of RUNTIMES.
+        shapes: given the manifest, (height, width) of every input there will be, for runtimes that prepare themselves
+            for known shapes; none: any. Called before the engine is loaded, so it may refuse.
 
     Raises:
         EngineError: missing, corrupt, pickled or foreign.
@@ -78,7 +91,7 @@ def open_engine(
     if runtime not in ("auto", *RUNTIMES):
         raise ArgumentError(f"runtime={runtime!r} is not one of auto, {', '.join(RUNTIMES)}.")
     if engine is None:
-        return _open_default(device, threads, runtime)
+        return _open_default(device, threads, runtime, shapes)
     folder = Path(engine)
     if (folder / "student.json").is_file():
         if runtime not in ("auto", "torch", "torch.compile"):
@@ -87,7 +100,9 @@ def open_engine(
             )
         from trace_sdk.engines.torch import TorchEngine
 
-        return TorchEngine(folder, device, threads, compiled=runtime == "torch.compile")
+        opened_student = TorchEngine(folder, device, threads, compiled=runtime == "torch.compile")
+        shapes(opened_student.manifest)
+        return opened_student
     model, source = read_engine(engine)
     built = model.startswith(MAGIC)
     if runtime.startswith("torch") or (built and runtime not in ("auto", *PACKAGES)):
@@ -100,10 +115,11 @@ def open_engine(
             from trace_sdk.export.tensorrt import build_once
 
             model, reason = build_once(model, source, runtime, device=int(device.partition(":")[2] or 0))
-        return TensorRTEngine(model, source, device, reason=reason)
+        return TensorRTEngine(model, source, device, reason=reason, shapes=shapes)
     from trace_sdk.engines.onnx import OnnxEngine
 
-    opened = OnnxEngine(model, source, device, threads, tensorrt=runtime == "onnxruntime-tensorrt")
+    on_tensorrt = runtime == "onnxruntime-tensorrt"
+    opened = OnnxEngine(model, source, device, threads, tensorrt=on_tensorrt, shapes=shapes)
     if source in BUNDLED and opened.manifest.name != source:
         raise EngineError(
             f"The file of the bundled engine {source} holds {opened.manifest.name}. Install trace-sdk again."
@@ -125,11 +141,11 @@ def default_engine(device: str) -> tuple[str, str]:
     return ON_GPU, "none was named: the engine for GPUs"
 
 
-def _open_default(device: str, threads: int | None, runtime: str) -> Engine:
+def _open_default(device: str, threads: int | None, runtime: str, shapes: Shapes) -> Engine:
     name, reason = default_engine(device)
-    opened = open_engine(name, device, threads, runtime)
+    opened = open_engine(name, device, threads, runtime, shapes)
     if name == ON_GPU and opened.device == "cpu":
-        opened = open_engine(ON_CPU, device, threads, runtime)
+        opened = open_engine(ON_CPU, device, threads, runtime, shapes)
         reason = "none was named, and CUDA did not start: the engine for CPUs"
     opened.engine_reason = reason
     return opened

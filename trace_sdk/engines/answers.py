@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trace_sdk.errors import EngineError
+from trace_sdk.errors import EngineError, OutOfMemoryError
 
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad.?alloc|cudaErrorMemoryAllocation", re.IGNORECASE)
 ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
 
 
-def halved_once(run: Callable[[NDArray[np.uint8]], NDArray[Any]], batch: NDArray[np.uint8]) -> NDArray[Any]:
+def halved_once(
+    run: Callable[[NDArray[np.uint8]], NDArray[Any]], batch: NDArray[np.uint8], source: str, device: str
+) -> NDArray[Any]:
     """The answers to a batch, in two halves if the device has not the memory for all of it.
 
     Raises:
-        EngineError: of `run`, also if half of it is too large.
+        OutOfMemoryError: not for half of it, or for one picture; says what to lower.
+        EngineError: of `run`, anything else.
     """
-    try:
-        return run(batch)
-    except EngineError as error:
-        if len(batch) == 1 or not _NO_MEMORY.search(str(error)):
-            raise
-    # Here and not above: the error's traceback holds what the failed run had allocated.
-    middle = len(batch) // 2
-    return np.concatenate([run(batch[:middle]), run(batch[middle:])])
+    word = ""
+    for parts in ([batch],) if len(batch) == 1 else ([batch], np.array_split(batch, 2)):
+        try:
+            return joined([run(part) for part in parts])
+        except EngineError as error:
+            if not _NO_MEMORY.search(str(error)):
+                raise
+            word = str(error)
+        # Here the error is gone, whose traceback held what the failed run had allocated.
+    count, height, width = batch.shape[:3]
+    lower = f"a smaller size (here {width}x{height} pixels)"
+    if count > 1:
+        lower = f"a smaller batch (here {count}, half of it was tried), or {lower}"
+    raise OutOfMemoryError(f"{source}: the memory of {device} is too small. Use {lower}. It said: {word}")
+
+
+def joined(answers: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One batch of several, without a copy where there is one."""
+    return answers[0] if len(answers) == 1 else np.concatenate(answers)
 
 
 def checked(answer: NDArray[Any], batch: NDArray[np.uint8], source: str, device: str) -> NDArray[np.float32]:

@@ -1,23 +1,30 @@
-"""Plans on TensorRT or TensorRT-RTX: pinned memory in and out, one stream. Not tried on a GPU yet; see tests/gpu."""
+"""Plans on TensorRT or TensorRT-RTX: pinned memory in and out, one stream, a CUDA graph for each known shape.
+
+Not tried on a GPU yet; see tests/gpu.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from trace_sdk.engines.answers import checked, halved_once
+from trace_sdk.engines.answers import checked, halved_once, joined
+from trace_sdk.engines.cuda import Gpu, gpu_name
+from trace_sdk.engines.gpu_thread import GpuThread
+from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.plan import ANY_GPU, Built, unpack
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
 
 # Runtime → modules that may hold it, and the line that installs it.
 PACKAGES = {
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'trace-sdk[tensorrt-rtx]'"),
-    "tensorrt": (("tensorrt",), "pip install tensorrt"),
+    "tensorrt": (("tensorrt",), "pip install tensorrt cuda-bindings"),
 }
 
 
@@ -30,26 +37,6 @@ def load_package(runtime: str) -> Any:
         except ImportError:
             continue
     raise MissingExtraError(f"runtime={runtime!r} is not installed. Run: {line}")
-
-
-def load_cuda() -> Any:
-    """CUDA's runtime API for Python. Raises MissingExtraError."""
-    try:
-        return import_module("cuda.bindings.runtime")
-    except ImportError:
-        raise MissingExtraError(
-            "Running on TensorRT needs CUDA's runtime API. Run: pip install cuda-bindings"
-        ) from None
-
-
-def gpu_name(number: int) -> str:
-    """Name and compute capability of a GPU, such as "NVIDIA H100 80GB HBM3 (9.0)". Raises DeviceError."""
-    cuda = load_cuda()
-    error, about = cuda.cudaGetDeviceProperties(number)
-    if int(error):
-        raise DeviceError(f"cuda:{number} cannot be used ({_word(cuda, error)}). Check the driver (nvidia-smi).")
-    name = about.name.decode() if isinstance(about.name, bytes) else about.name
-    return f"{name.rstrip(chr(0))} ({about.major}.{about.minor})"
 
 
 def rebuild_line(source: str, built: Built) -> str:
@@ -69,13 +56,28 @@ def check_built(built: Built, version: str, gpu: str, source: str) -> None:
         raise EngineError(f"{source}: was built for {built.gpu} {of}, here is {gpu}. {rebuild_line(source, built)}")
 
 
+KEPT = 4  # shapes whose buffers stay while others come; known shapes stay for good
+
+
 class TensorRTEngine:
-    """One plan on one GPU. Safe to call from many threads: answers are made one after another."""
+    """One plan on one GPU. Safe to call from many threads: answers are made one after another, in one of its own."""
 
     engine_reason = "asked for"
+    memory = "device, and pinned on the host"
 
-    def __init__(self, data: bytes, source: str, device: str = "auto", *, reason: str = "asked for") -> None:
-        """Args: `data` an engine file's bytes, `source` its name for messages, `device` "auto", "cuda" or "cuda:N"."""
+    def __init__(
+        self,
+        data: bytes,
+        source: str,
+        device: str = "auto",
+        *,
+        reason: str = "asked for",
+        shapes: Callable[[Manifest], Collection[tuple[int, int]]] = lambda manifest: (),
+    ) -> None:
+        """Args: `data` an engine file's bytes, `source` its name for messages, `device` "auto", "cuda" or "cuda:N".
+
+        Each of `shapes` gets a CUDA graph when it is first met.
+        """
         if device == "cpu":
             raise DeviceError(f"{source}: TensorRT runs on NVIDIA GPUs only. Use the ONNX engine with device='cpu'.")
         _, _, number = device.partition(":")
@@ -83,84 +85,145 @@ class TensorRTEngine:
             raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cuda' or 'cuda:N'.")
         self._number, self._source = int(number or 0), source
         self.manifest, self.built, plan, self.sha256 = unpack(data, source)
+        self._known = frozenset(shapes(self.manifest))
         package = load_package(self.built.runtime)
         check_built(self.built, package.__version__, "", source)
-        self._cuda = load_cuda()
+        self._gpu = Gpu(self._number, source)
         gpu = gpu_name(self._number)
         check_built(self.built, package.__version__, gpu, source)
-        self._call("cudaSetDevice", self._number)
-        self._runtime = package.Runtime(package.Logger(package.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise EngineError(f"{source}: does not load on {gpu}. {rebuild_line(source, self.built)}")
-        self._context = self._engine.create_execution_context()
-        (self._stream,) = self._call("cudaStreamCreate")
-        self._buffers: dict[str, tuple[int, int, NDArray[np.uint8]]] = {}
-        self._one_at_a_time = threading.Lock()
+        self._thread = GpuThread(source)
+        self._slots: OrderedDict[tuple[int, ...], _Slot] = OrderedDict()
+        self._thread(partial(self._load, package, plan, gpu))
         self.device, self.device_reason = f"cuda:{self._number}", reason
         self.provider, self.threads = f"{self.built.runtime} {self.built.runtime_version}", 1
 
+    @property
+    def cuda_graphs(self) -> int:
+        """CUDA graphs captured so far."""
+        return sum(slot.graph is not None for slot in self._slots.values())
+
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
+        return checked(self._thread(partial(self._answer, batch)), batch, self._source, self.device)
+
+    def _load(self, package: Any, plan: bytes, gpu: str) -> None:
+        self._gpu.use()
+        self._runtime = package.Runtime(package.Logger(package.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError(f"{self._source}: does not load on {gpu}. {rebuild_line(self._source, self.built)}")
+        self._package = package
+        self._context = self._new_context()
+        self._stream = self._gpu.call("cudaStreamCreate")
+
+    def _new_context(self) -> Any:
+        if not hasattr(self._package, "DynamicShapesKernelSpecializationStrategy"):
+            return self._engine.create_execution_context()
+        # TensorRT-RTX would otherwise go on looking for better kernels, which a captured graph never gets.
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self._package.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return self._engine.create_execution_context(config)
+
+    def _answer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         most = self.built.profile["max"][0]
-        with self._one_at_a_time:
-            parts = [batch[start : start + most] for start in range(0, len(batch), most)]
-            answers = [halved_once(self._run, part) for part in parts]
-        return checked(np.concatenate(answers), batch, self._source, self.device)
+        parts = [batch[start : start + most] for start in range(0, len(batch), most)]
+        return joined([halved_once(self._run, part, self._source, self.device) for part in parts])
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        kinds = self._cuda.cudaMemcpyKind
-        self._call("cudaSetDevice", self._number)  # each thread has a device of its own
-        count = int(np.prod(batch.shape[:3]))
-        image, pinned_image = self._buffer("image", batch.nbytes)
-        edges, pinned_edges = self._buffer("edge_probability", 4 * count)
-        pinned_image[:] = np.ascontiguousarray(batch).reshape(-1)
-        self._call(
-            "cudaMemcpyAsync", image, pinned_image.ctypes.data, batch.nbytes, kinds.cudaMemcpyHostToDevice, self._stream
-        )
-        ready = self._context.set_input_shape("image", tuple(batch.shape))
-        self._context.set_tensor_address("image", image)
-        self._context.set_tensor_address("edge_probability", edges)
-        if not (ready and self._context.execute_async_v3(int(self._stream))):
+        try:
+            slot = self._slot(batch.shape)
+            np.copyto(slot.image, batch)
+            if slot.graph is not None:
+                self._gpu.call("cudaGraphLaunch", slot.graph, self._stream)
+            else:
+                self._enqueue(slot)
+            self._gpu.call("cudaStreamSynchronize", self._stream)
+            answer: NDArray[np.float32] = slot.edges.copy()
+            if slot.graph is None and batch.shape[1:3] in self._known:
+                slot.graph = self._captured(slot)
+        except EngineError:
+            # What failed for want of memory must not keep any: the half of it comes next.
+            self._drop(batch.shape)
+            raise
+        return answer
+
+    def _enqueue(self, slot: _Slot) -> None:
+        """Put upload, network and download on the stream."""
+        kinds = self._gpu.api.cudaMemcpyKind
+        copy = partial(self._gpu.call, "cudaMemcpyAsync")
+        up, down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        copy(slot.device_image, slot.image.ctypes.data, slot.image.nbytes, up, self._stream)
+        ready = slot.context.set_input_shape("image", slot.image.shape)
+        slot.context.set_tensor_address("image", slot.device_image)
+        slot.context.set_tensor_address("edge_probability", slot.device_edges)
+        if not (ready and slot.context.execute_async_v3(int(self._stream))):
             raise EngineError(
-                f"{self._source}: {self.provider} failed with input {batch.shape}; it was built for "
+                f"{self._source}: {self.provider} failed with input {slot.image.shape}; it was built for "
                 f"{self.built.profile}. {rebuild_line(self._source, self.built)}"
             )
-        self._call(
-            "cudaMemcpyAsync", pinned_edges.ctypes.data, edges, 4 * count, kinds.cudaMemcpyDeviceToHost, self._stream
-        )
-        self._call("cudaStreamSynchronize", self._stream)
-        return pinned_edges.view(np.float32).reshape(batch.shape[:3]).copy()
+        copy(slot.edges.ctypes.data, slot.device_edges, slot.edges.nbytes, down, self._stream)
 
-    def _buffer(self, name: str, size: int) -> tuple[int, NDArray[np.uint8]]:
-        """Device address and pinned array of that many bytes; they grow, and stay for the next answer."""
-        device, capacity, pinned = self._buffers.get(name, (0, 0, np.empty(0, np.uint8)))
-        if capacity < size:
-            if capacity:
-                self._call("cudaFree", device)
-                self._call("cudaFreeHost", pinned.ctypes.data)
-                del self._buffers[name]
-            (device,) = self._call("cudaMalloc", size)
-            (address,) = self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault)
-            pinned = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(address)))
-            self._buffers[name] = (device, size, pinned)
-        return device, pinned[:size]
+    def _captured(self, slot: _Slot) -> Any:
+        """The CUDA graph of an answer: upload, network, download. A shape has to have been run before."""
+        mode = self._gpu.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._gpu.call("cudaStreamBeginCapture", self._stream, mode)
+        try:
+            self._enqueue(slot)
+        finally:  # a stream left capturing could do nothing else
+            graph = self._gpu.call("cudaStreamEndCapture", self._stream)
+        launchable = self._gpu.call("cudaGraphInstantiate", graph, 0)
+        self._gpu.call("cudaGraphDestroy", graph)
+        return launchable
 
-    def _call(self, name: str, *arguments: Any) -> list[Any]:
-        error, *values = getattr(self._cuda, name)(*arguments)
-        if int(error):
-            raise EngineError(
-                f"{self._source}: {name} failed on cuda:{self._number} ({_word(self._cuda, error)}). "
-                "Try a smaller size or batch; after a device error, start the process again."
-            )
-        return list(values)
+    def _slot(self, shape: tuple[int, ...]) -> _Slot:
+        if shape in self._slots:
+            self._slots.move_to_end(shape)
+            return self._slots[shape]
+        passing = [other for other in self._slots if other[1:3] not in self._known]
+        for oldest in passing[: max(len(passing) + 1 - KEPT, 0)]:
+            self._drop(oldest)
+        # A captured graph holds what its context held, so a known shape has a context to itself.
+        context = self._new_context() if shape[1:3] in self._known else self._context
+        slot = self._slots[shape] = _Slot(self._gpu, context, shape)
+        return slot
+
+    def _drop(self, shape: tuple[int, ...]) -> None:
+        slot = self._slots.pop(shape, None)
+        if slot is not None:
+            slot.free()
 
     def __del__(self) -> None:
-        for device, _, pinned in getattr(self, "_buffers", {}).values():
-            self._cuda.cudaFree(device)
-            self._cuda.cudaFreeHost(pinned.ctypes.data)
+        for shape in list(getattr(self, "_slots", ())):
+            self._drop(shape)
 
 
-def _word(cuda: Any, error: Any) -> str:
-    _, text = cuda.cudaGetErrorString(error)
-    return text.decode() if isinstance(text, bytes) else str(text)
+class _Slot:
+    """What one shape needs: buffers on both sides whose addresses stay, a context, and its graph once captured."""
+
+    def __init__(self, gpu: Gpu, context: Any, shape: tuple[int, ...]) -> None:
+        self._gpu, self.context, self.graph = gpu, context, None
+        self._on_host: list[NDArray[Any]] = []
+        self._on_device: list[Any] = []
+        try:
+            self.image, self.device_image = self._pair(shape, np.uint8)
+            self.edges, self.device_edges = self._pair(shape[:3], np.float32)
+        except EngineError:
+            self.free()
+            raise
+
+    def _pair(self, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[NDArray[Any], Any]:
+        """A pinned array and the address of as much device memory."""
+        self._on_host.append(self._gpu.pinned(shape, dtype))
+        self._on_device.append(self._gpu.call("cudaMalloc", self._on_host[-1].nbytes))
+        return self._on_host[-1], self._on_device[-1]
+
+    def free(self) -> None:
+        """Never raises: it runs while things are torn down."""
+        if self.graph is not None:
+            self._gpu.api.cudaGraphExecDestroy(self.graph)
+        for address in self._on_device:
+            self._gpu.api.cudaFree(address)
+        for array in self._on_host:
+            self._gpu.unpin(array)

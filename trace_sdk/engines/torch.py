@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk import __version__
-from trace_sdk.engines.answers import checked, halved_once
+from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.errors import EngineError, MissingExtraError
 
@@ -59,6 +59,7 @@ class TorchEngine:
         self._source, self._torch, self._target = str(folder), torch, target
         graph = EngineGraph(student, half_weights=False).to(target)
         self._graph = torch.compile(graph, dynamic=True) if compiled else graph
+        self.memory, self.cuda_graphs = "host" if self.device == "cpu" else "device, and pageable on the host", 0
         self._one_at_a_time = threading.Lock()
         weights = sorted(folder.rglob("*.safetensors"))
         self.sha256 = hashlib.sha256(
@@ -89,10 +90,13 @@ class TorchEngine:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
         with self._one_at_a_time:
             if self.device == "cpu":
-                answer = np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
+                answer = joined([self._answer(batch[i : i + 1]) for i in range(len(batch))])
             else:
-                answer = halved_once(self._run, batch)
+                answer = self._answer(batch)
         return checked(answer, batch, self._source, self.device)
+
+    def _answer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return halved_once(self._run, batch, self._source, self.device)
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
