@@ -24,11 +24,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType
 from onnxruntime.quantization.calibrate import EntropyCalibrater, MinMaxCalibrater, PercentileCalibrater
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from trace_sdk.errors import ArgumentError, ParityError
+from trace_sdk.errors import ArgumentError
+from trace_sdk.export.selection import Note, fewest_in_float
 from trace_sdk.export.verify import CHANGE_LIMIT, Change, answers, measure_change
 
 PERCENTILE = 99.99
-RANKED_ON = 2  # photos; an order of layers needs fewer than a figure
 CALIBRATIONS: dict[str, Callable[..., Any]] = {
     "entropy": EntropyCalibrater,
     "percentile": lambda *places: PercentileCalibrater(*places, percentile=PERCENTILE),
@@ -37,7 +37,6 @@ CALIBRATIONS: dict[str, Callable[..., Any]] = {
 _OPERATORS = ("Conv", "MatMul", "Gemm")
 
 Photo = NDArray[np.uint8]  # [1, H, W, 3], as the network takes it
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -93,35 +92,11 @@ def quantise(
     ranges = _ranges(model, layers, calibrating, calibration, note)
     expected = answers(model, measured)
 
-    def tried(names: Sequence[str], on: int = len(measured)) -> tuple[onnx.ModelProto, Change]:
+    def tried(names: Sequence[str], on: int | None) -> tuple[onnx.ModelProto, Change]:
         candidate = _with_8_bits(model, ranges, names)
         return candidate, measure_change(expected[:on], answers(candidate, measured[:on]), threshold)
 
-    note(f"measuring 8 bits in all {len(layers)} layers")
-    best, change = tried(layers)
-    kept: dict[str, float] = {}
-    if change.mean > CHANGE_LIMIT:
-        harm = {}
-        for number, layer in enumerate(layers, start=1):
-            note(f"measuring layer {number} of {len(layers)} alone")
-            harm[layer] = tried([layer], on=RANKED_ON)[1].mean
-        worst_first = sorted(layers, key=lambda layer: -harm[layer])
-        # The fewest layers in float: bisection, since each that is given back brings the answers closer.
-        enough, too_few = len(layers), 0
-        while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            note(f"measuring {middle} layers in float")
-            candidate, measured_change = tried([layer for layer in layers if layer not in worst_first[:middle]])
-            if measured_change.mean <= CHANGE_LIMIT:
-                enough, best, change = middle, candidate, measured_change
-            else:
-                too_few = middle
-        if enough == len(layers):
-            raise ParityError(
-                f"No layer can be 8-bit: the least harmful changes the edge probability by {min(harm.values()):.2g} "
-                f"on average, {CHANGE_LIMIT:g} is allowed. Calibrate on other photos, or export at fp16."
-            )
-        kept = {layer: harm[layer] for layer in worst_first[:enough]}
+    best, change, kept = fewest_in_float(layers, tried, CHANGE_LIMIT, "8 bits", note)
     return Quantised(best, calibration, len(calibrating), len(measured), len(layers), kept, change)
 
 

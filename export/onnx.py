@@ -24,11 +24,14 @@ from torch.export import Dim
 from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
-from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.errors import ArgumentError, EngineError, ParityError
 from trace_sdk.export.any_size import take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
+from trace_sdk.export.mixed import KINDS, LIMITS, lower
 from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.quality import DRAWN_SIDE, OdsChange, ods, pictures_with_truth
+from trace_sdk.export.quality import LIMITS as ODS_LIMITS
 from trace_sdk.export.report import ExportReport
 from trace_sdk.export.verify import PARITY_LIMIT_INT8, answers, measure_change, open_session, shapes_tried, verify
 from trace_sdk.images import read_image
@@ -37,7 +40,8 @@ from trace_sdk.network_input import fit, padded_length
 from trace_sdk.student.folder import AnyStudent
 
 OPSET = 18
-PRECISIONS = ("fp16", "fp32", "int8")
+PRECISIONS = ("fp32", "fp16", *KINDS, "int8")
+OPSET_BF16 = 22  # the first whose convolutions have bf16
 LARGEST = 2**31 - 2**24  # bytes of float32 weights; a protobuf holds 2 GiB, and the graph needs some of it
 CALIBRATION_PHOTOS = 64
 
@@ -52,6 +56,7 @@ def export_onnx(
     max_size: int = 768,
     photos: Sequence[Path] = (),
     calibration: str = "entropy",
+    annotated: Path | None = None,
     any_size: bool = False,
     output: str = "float32",
     licence: str = "Apache-2.0",
@@ -61,22 +66,27 @@ def export_onnx(
     """Write `student` as an engine file, and tell what was measured on the way.
 
     Args:
-        precision: "fp32" or "fp16" weights, arithmetic in fp32; or "int8" weights and activations in each layer
-            whose answers allow it, see `trace_sdk.export.int8`.
+        precision: "fp32" or "fp16" weights, arithmetic in fp32; "fp16-mixed" or "bf16", 16-bit products for GPUs, see
+            `trace_sdk.export.mixed`; "int8" weights and activations, see `trace_sdk.export.int8`. The last three in
+            each layer whose answers allow it.
         default_size: longest side in pixels that the network sees unless the caller says otherwise; None: the
             student's own.
         max_size: longest side in one piece; larger images go by tiles.
-        photos: for int8, pictures like those the engine will see; of more than 64, 64 evenly spread are taken.
+        photos: for int8, and if wanted for 16-bit products, pictures like those the engine will see; of more than 64,
+            64 evenly spread are taken.
         calibration: for int8, "entropy", "percentile" or "minmax".
+        annotated: folder of photos whose boundaries people marked, to tell by how much ODS changes; None: drawn scenes.
         any_size: put scaling, padding and cropping into the graph, see `trace_sdk.export.any_size`.
         output: dtype of the answers, for which `any_size` is needed unless it is "float32".
         quality: figures to keep in the file.
         note: told what is being done, for progress.
 
     Raises:
-        ArgumentError: an unknown precision or calibration, too few `photos`, or `photos` without int8.
+        ArgumentError: an unknown precision or calibration, too few `photos`, or `photos` that precision does not take.
+        DatasetError: `annotated` holds no data set.
         EngineError: the student is too large for one ONNX file.
-        ParityError: the graph's answers differ from PyTorch's, or 8 bits change them too much; nothing is written.
+        ParityError: the graph's answers differ from PyTorch's, or fewer bits change them too much, or cost more of
+            ODS on `annotated` than is allowed; nothing is written.
         ImageError: a photo cannot be read.
         OutputError: the file cannot be written.
     """
@@ -84,10 +94,19 @@ def export_onnx(
     default_size = default_size or student.default_size
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
-    if (precision == "int8") != bool(photos):
-        raise ArgumentError("int8 needs photos to calibrate on, and only int8 takes them (--calibrate PHOTOS/).")
+    if (precision == "int8" and not photos) or (precision in ("fp32", "fp16") and photos):
+        raise ArgumentError(
+            "int8 needs photos to calibrate on (--calibrate PHOTOS/); of the others only those with 16-bit arithmetic "
+            f"({', '.join(KINDS)}) take them."
+        )
     if precision == "int8":
         check(photos, calibration)
+    if annotated is not None and precision == "fp32":
+        raise ArgumentError("fp32 is what the others are compared with: leave --evaluate out, or give a --precision.")
+    if any_size and precision == "bf16":
+        raise ArgumentError(
+            "Scaling in the graph is checked by running it on a CPU, which cannot run bf16. Use fp16-mixed."
+        )
     if output != "float32" and not any_size:
         raise ArgumentError(f"output={output!r} needs scaling in the graph (--any-size).")
     weights = 4 * sum(value.numel() for value in student.parameters())
@@ -97,37 +116,64 @@ def export_onnx(
             "so that its sha256 covers all of it. Distil into a smaller backbone."
         )
     padded = partial(padded_length, multiple_of=student.multiple_of, min_size=student.min_size)
+    side = padded(min(default_size, 256))
+
+    @torch.inference_mode()
+    def unrounded(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the student itself answers to [1, H, W, 3]."""
+        answer: NDArray[np.float32] = exact(torch.from_numpy(picture)).numpy()
+        return answer
+
     fitted = [
         fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in _spread(photos, CALIBRATION_PHOTOS)
     ]
 
     note("tracing the graph")
-    graph = EngineGraph(student, half_weights=precision != "fp32")
-    model = _to_onnx(graph)
+    graph = EngineGraph(student, half_weights=precision in ("fp16", "int8"))
+    exact = EngineGraph(student, half_weights=False)
+    opset = OPSET_BF16 if precision == "bf16" else OPSET
+    model = _to_onnx(graph) if opset == OPSET else _to_onnx(graph, opset)
     note("checking it against PyTorch")
     float_model = model.SerializeToString()
     parity = verify(float_model, graph)
-    change, change_on, int8 = None, "", None
+    change, change_on, layers = None, "", None
+    on_cpu: onnx.ModelProto | None = None  # what stands in for an engine that no CPU runs
     if precision == "int8":
         quantised = quantise(model, fitted, student.threshold, calibration=calibration, note=note)
         model, change = quantised.model, quantised.change
         change_on = f"{quantised.measured_on} photos not calibrated on"
-        int8 = {key: value for key, value in vars(quantised).items() if key not in ("model", "change")}
-    if precision != "fp32":
+        layers = {key: value for key, value in vars(quantised).items() if key not in ("model", "change")}
+    elif precision in KINDS:
+        pictures, change_on = (fitted, f"{len(fitted)} photos") if fitted else (_blobs(side), "random blobs")
+        lowered = lower(model, precision, pictures, student.threshold, note=note)
+        model, on_cpu, change = lowered.model, lowered.stand_in, lowered.change
+        layers = {key: value for key, value in vars(lowered).items() if key not in ("model", "stand_in", "change")}
+        onnx.checker.check_model(model, full_check=True)
+    if precision in ("fp16", "int8"):
         store_weights_in_fp16(model)
     stored = model.SerializeToString()
-    if precision == "int8":
-        note("checking 8 bits against PyTorch")
-        parity = verify(
-            stored, graph, _cuts(fitted, graph.student.multiple_of), statistic=np.mean, limit=PARITY_LIMIT_INT8
-        )
+    answering = stored if on_cpu is None else on_cpu.SerializeToString()
+    if precision == "int8" or precision in KINDS:
+        note("checking fewer bits against PyTorch")
+        cuts = _cuts(fitted or _blobs(side), graph.student.multiple_of)
+        limit = PARITY_LIMIT_INT8 if precision == "int8" else 2 * LIMITS[precision]
+        parity = verify(answering, graph, cuts, statistic=np.mean, limit=limit)
+        if precision == "fp16-mixed":  # a CPU runs it in its own way: a wrong cast would show
+            verify(stored, graph, cuts, statistic=np.mean, limit=limit)
     elif precision == "fp16":
         verify(stored, graph)
-        pictures, change_on = _blobs(padded(min(default_size, 256))), "random blobs"
-        with torch.inference_mode():
-            unrounded = EngineGraph(student, half_weights=False)
-            expected = [unrounded(torch.from_numpy(picture)).numpy() for picture in pictures]
+        pictures, change_on = _blobs(side), "random blobs"
+        expected = [unrounded(picture) for picture in pictures]
         change = measure_change(expected, answers(stored, pictures), student.threshold)
+    edges = None
+    if precision != "fp32":
+        note("comparing edges with known boundaries")
+        edges = _ods_change(unrounded, answering, annotated, precision, default_size, padded)
+        if edges.annotated and not edges.kept:
+            raise ParityError(
+                f"ODS falls from {edges.before:.3f} to {edges.after:.3f} on {edges.sample}; {edges.limit:g} is "
+                "allowed. No file was written. Calibrate on other photos, or export at a higher precision."
+            )
 
     manifest = Manifest(
         name=name,
@@ -141,7 +187,7 @@ def export_onnx(
         default_size=default_size,
         threshold=student.threshold,
         precision=precision,
-        opset=OPSET,
+        opset=opset,
         producers={
             "torch": torch.__version__,
             "onnx": onnx.__version__,
@@ -161,7 +207,8 @@ def export_onnx(
         sealed = take_any_size(sealed, name, output=output)
         model = onnx.load_from_string(sealed)
     note("timing an answer")
-    milliseconds, float_milliseconds = _milliseconds([sealed, float_model], padded(default_size))
+    timed = [float_model] if precision == "bf16" else [float_model, sealed]
+    float_milliseconds, *milliseconds = _milliseconds(timed, padded(default_size))
     write_bytes(out, sealed)
     return ExportReport(
         engine=name,
@@ -173,11 +220,28 @@ def export_onnx(
         file_bytes=len(sealed),
         float_bytes=len(float_model),
         nodes=len(model.graph.node),
-        milliseconds=milliseconds,
+        milliseconds=milliseconds[0] if milliseconds else None,
         float_milliseconds=float_milliseconds,
-        int8=int8,
+        layers=layers,
+        ods=edges,
         seconds=time.perf_counter() - start,
     )
+
+
+def _ods_change(
+    unrounded: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    model: bytes,
+    annotated: Path | None,
+    precision: str,
+    default_size: int,
+    padded: Callable[[int], int],
+) -> OdsChange:
+    samples, what = pictures_with_truth(annotated)
+    size = default_size if annotated else min(default_size, DRAWN_SIDE)
+    session = open_session(model)
+    before = ods(samples, unrounded, size, padded)
+    after = ods(samples, lambda pixels: session.run(None, {"image": pixels})[0], size, padded)
+    return OdsChange(before, after, len(samples), what, annotated is not None, ODS_LIMITS[precision])
 
 
 def _spread(photos: Sequence[Path], most: int) -> list[Path]:
@@ -213,7 +277,7 @@ def _milliseconds(models: Sequence[bytes], side: int) -> list[float]:
     return [median(taken[1:]) for taken in times]
 
 
-def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
+def _to_onnx(graph: EngineGraph, opset: int = OPSET) -> onnx.ModelProto:
     # A batch of 2: with 1 the exporter bakes the batch in without a word.
     step = graph.student.multiple_of
     least = graph.student.min_size // step
@@ -227,7 +291,7 @@ def _to_onnx(graph: EngineGraph) -> onnx.ModelProto:
             graph,
             (example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["image"],
             output_names=["edge_probability"],
             dynamic_shapes=shapes,

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from trace_sdk.atomic import write_text
+from trace_sdk.export.quality import OdsChange
 from trace_sdk.export.verify import Change
 from trace_sdk.machine import hardware, versions
 
@@ -29,8 +30,10 @@ class ExportReport:
         file_bytes, float_bytes: size of the file, and of the same engine with float32 weights.
         nodes: of the graph.
         milliseconds, float_milliseconds: median answer of three to one square of the default size, on this machine's
-            CPU; a hint, `trace-sdk benchmark` measures.
-        int8: calibration, numbers of photos and layers, and the layers kept in float; None unless int8.
+            CPU; a hint, `trace-sdk benchmark` measures. None where no CPU runs it (bf16).
+        layers: numbers of layers and pictures, the layers kept in float, for int8 the calibration; None where all
+            arithmetic is float32.
+        ods: of the float engine and this one against known boundaries; None for fp32.
         seconds: the export took.
     """
 
@@ -43,9 +46,10 @@ class ExportReport:
     file_bytes: int
     float_bytes: int
     nodes: int
-    milliseconds: float
+    milliseconds: float | None
     float_milliseconds: float
-    int8: dict[str, Any] | None
+    layers: dict[str, Any] | None
+    ods: OdsChange | None
     seconds: float
 
     def save(self, engine: Path) -> Path:
@@ -65,10 +69,10 @@ class ExportReport:
         return table
 
     def _rows(self) -> list[tuple[str, str]]:
-        which = "mean" if self.int8 else "largest"
+        which = "mean" if self.layers else "largest"
         rows = [(f"{which} difference from PyTorch", ", ".join(f"{v:.1g} at {k}" for k, v in self.parity.items()))]
         if self.change:
-            against = "fp16" if self.int8 else "fp32"
+            against = "fp16" if self.precision == "int8" else "fp32"
             rows.append(
                 (
                     f"change from {against}",
@@ -76,14 +80,23 @@ class ExportReport:
                     f"{self.change.edges:.1%} of edge pixels shared ({self.change_on})",
                 )
             )
-        if self.int8:
-            kept = self.int8["kept_in_float"]
-            calibrated = f"{self.int8['calibration']} on {self.int8['calibrated_on']} photos"
-            rows.append(("calibration", calibrated))
-            rows.append(("8-bit layers", f"{self.int8['layers'] - len(kept)} of {self.int8['layers']}"))
-            rows += [("kept in float", f"{name} (alone {harm:.2g})") for name, harm in kept.items()]
+        if self.ods:
+            over = "" if self.ods.kept else f"; over the limit of {self.ods.limit:g}: look at --evaluate ANNOTATED"
+            rows.append(("ODS", f"{self.ods.before:.4f} → {self.ods.after:.4f} ({self.ods.sample}){over}"))
+        rows += self._layer_rows(self.layers) if self.layers else []
         size = f"{self.file_bytes / 1e6:.1f} MB (fp32 {self.float_bytes / 1e6:.1f} MB), {self.nodes} nodes"
         rows.append(("size", size))
-        rows.append(("answer here", f"{self.milliseconds:.0f} ms (fp32 {self.float_milliseconds:.0f} ms), CPU"))
+        here = "not on a CPU" if self.milliseconds is None else f"{self.milliseconds:.0f} ms"
+        rows.append(("answer here", f"{here} (fp32 {self.float_milliseconds:.0f} ms), CPU"))
         rows.append(("export took", f"{self.seconds:.0f} s"))
         return rows
+
+    def _layer_rows(self, layers: dict[str, Any]) -> list[tuple[str, str]]:
+        kept, too_large = layers["kept_in_float"], layers.get("too_large", {})
+        rows = []
+        if "calibration" in layers:
+            rows.append(("calibration", f"{layers['calibration']} on {layers['calibrated_on']} photos"))
+        bits = "8-bit layers" if self.precision == "int8" else "16-bit products"
+        rows.append((bits, f"{layers['layers'] - len(kept) - len(too_large)} of {layers['layers']}"))
+        rows += [("kept in float", f"{name} (gives {value:.2g})") for name, value in too_large.items()]
+        return rows + [("kept in float", f"{name} (alone {harm:.2g})") for name, harm in kept.items()]

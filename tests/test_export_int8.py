@@ -107,7 +107,7 @@ def test_fp16_storing_leaves_scales_alone(photos: list[NDArray[np.uint8]]) -> No
 
 def test_nothing_in_8_bits_is_no_8_bit_engine(photos: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trace_sdk.export.int8.CHANGE_LIMIT", 1e-7)
-    with pytest.raises(ParityError, match=r"No layer can be 8-bit.*fp16"):
+    with pytest.raises(ParityError, match=r"No layer can have 8 bits.*fp16"):
         quantise(network(fragile=1), photos, 0.5)
 
 

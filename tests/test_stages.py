@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import Quantised
 from trace_sdk.export.onnx import _to_onnx, export_onnx
 from trace_sdk.export.precision import store_weights_in_fp16
+from trace_sdk.export.quality import LIMITS as ODS_LIMITS
+from trace_sdk.export.quality import drawn_scenes
 from trace_sdk.export.report import ExportReport
 from trace_sdk.export.verify import CHANGE_LIMIT, Change, verify
 from trace_sdk.student.model import Student
@@ -40,6 +44,14 @@ def student(tiny_backbone: PixelBackbone) -> Student:
             value.mul_(1.5)
         torch.nn.init.normal_(student.decoder.residual.weight)
     return student
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_scenes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trace_sdk.export.quality.DRAWN", 3)
+        patch.setattr("trace_sdk.export.quality.DRAWN_SIDE", 96)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +241,8 @@ def test_report_of_an_export(exported: tuple[Path, ExportReport], student: Stude
     assert report.sha256 == open_engine(engine, "cpu").sha256
     assert set(report.parity) == {"1×64×64", "1×128×72", "3×96×160"} and max(report.parity.values()) <= 1e-4
     assert report.change is not None and 0 < report.change.mean < 0.01 and report.change.edges > 0.9
-    assert report.int8 is None and report.milliseconds > 0 and report.seconds > 0
+    assert report.ods is not None and report.ods.kept and report.ods.pictures == 3 and 0 < report.ods.before < 1
+    assert report.layers is None and report.milliseconds > 0 and report.seconds > 0
 
 
 def test_int8_by_command(
@@ -251,7 +264,7 @@ def test_int8_by_command(
         assert part in result.output
     report = json.loads((tmp_path / "tiny8.onnx.json").read_text())
     assert report["precision"] == "int8" and report["change"]["mean"] <= CHANGE_LIMIT
-    assert report["int8"]["calibrated_on"] == 3 and report["int8"]["measured_on"] == 1
+    assert report["layers"]["calibrated_on"] == 3 and report["layers"]["measured_on"] == 1
     assert report["hardware"]["cpu"] and report["versions"]["onnxruntime"]
     assert out.stat().st_size == report["file_bytes"] < 0.75 * engine.stat().st_size
     types = {node.op_type for node in onnx.load(out).graph.node}
@@ -265,6 +278,37 @@ def test_int8_by_command(
     assert [edges.probability.shape for edges in small.run_batch([photos / "a.png", photos / "b.jpg"])] == [
         (96, 120)
     ] * 2
+
+
+def test_16_bit_products_by_command(
+    student: Student, traced: onnx.ModelProto, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = partial(EngineGraph, half_weights=True)  # as it was traced
+    monkeypatch.setattr("trace_sdk.export.onnx.EngineGraph", lambda student, **_: rounded(student))
+    monkeypatch.setattr("trace_sdk.export.onnx._to_onnx", lambda graph: copy.deepcopy(traced))
+    student.save(tmp_path / "student", {})
+    out = tmp_path / "tiny16.onnx"
+    data = tmp_path / "data"
+    data.mkdir()
+    for sample in drawn_scenes(2, 96):
+        Image.fromarray(sample.rgb).save(data / f"{sample.name}.png")
+        ids = sample.boundaries[0].cumsum(1) % 2  # any instances do
+        Image.fromarray(ids.astype(np.uint8)).save(data / f"{sample.name}.ids.png")
+    precise = ("--precision", "fp16-mixed", "--default-size", 96, "--evaluate", data)
+    result = run("export", tmp_path / "student", "-o", out, *precise)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "tiny16.onnx.json").read_text())
+    assert "16-bit products" in result.output and "ODS" in result.output
+    assert report["ods"]["annotated"] and report["ods"]["pictures"] == 2
+    assert 0 < report["change"]["mean"] <= 0.002 and report["milliseconds"] > 0
+    assert {t.data_type for t in onnx.load(out).graph.initializer} >= {onnx.TensorProto.FLOAT16}
+    here, exact = EdgeDetector(out, device="cpu", size=96), EdgeDetector(tmp_path / "student", size=96)
+    for photo in sorted(photos.rglob("*.*")):
+        assert np.abs(here.run(photo).probability - exact.run(photo).probability).mean() < 0.002
+    monkeypatch.setitem(ODS_LIMITS, "fp16-mixed", -1.0)
+    refused = run("export", tmp_path / "student", "-o", tmp_path / "no.onnx", *precise)
+    assert refused.exit_code == 1 and "ODS falls from" in refused.output
+    assert not (tmp_path / "no.onnx").exists()
 
 
 def test_8_bits_that_are_far_from_torch_are_not_written(
@@ -286,7 +330,7 @@ def test_8_bits_that_are_far_from_torch_are_not_written(
     ("arguments", "fragment"),
     [
         (("--precision", "int8"), "int8 needs photos"),
-        (("--calibrate", "."), "only int8 takes them"),
+        (("--calibrate", "."), "only those with 16-bit"),
         (("--precision", "int8", "--calibrate", "one"), "at least 2 photos"),
     ],
 )

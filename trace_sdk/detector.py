@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
-from PIL.Image import Resampling
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.engines import open_engine
@@ -23,7 +22,7 @@ from trace_sdk.engines.manifest import ANY_SIZE, Manifest
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
-from trace_sdk.network_input import fit, padded_length, scaled_shape
+from trace_sdk.network_input import fit, padded_length, scaled_shape, unfit
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -280,10 +279,7 @@ class EdgeDetector:
     def _finish(self, prepared: _Prepared, probability: NDArray[np.float32], network: float, pieces: int) -> EdgeMap:
         start = time.perf_counter()
         height, width = prepared.image.rgb.shape[:2]
-        probability = np.ascontiguousarray(probability[: prepared.height, : prepared.width])
-        if probability.shape != (height, width):
-            full_size = PIL.Image.fromarray(probability).resize((width, height), Resampling.BILINEAR)
-            probability = np.clip(np.asarray(full_size), 0.0, 1.0)
+        probability = unfit(probability, prepared.height, prepared.width, (height, width))
         timings = {**prepared.timings, "network": network, "resize_back": (time.perf_counter() - start) * 1e3}
         seen, padded = (prepared.height, prepared.width), prepared.pixels.shape[:2]
         if self._scales_itself:

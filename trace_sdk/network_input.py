@@ -36,3 +36,13 @@ def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tupl
         rgb = np.asarray(PIL.Image.fromarray(rgb).resize((width, height), Resampling.BICUBIC))
     padding = ((0, padded(height) - height), (0, padded(width) - width), (0, 0))
     return np.pad(rgb, padding, mode="edge"), height, width
+
+
+def unfit(answer: NDArray[np.float32], height: int, width: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The answer to what `fit` made, float32 [h + bottom, w + right]: without padding, at the picture's own `shape`."""
+    answer = np.ascontiguousarray(answer[:height, :width])
+    if answer.shape == shape[:2]:
+        return answer
+    full_size = np.asarray(PIL.Image.fromarray(answer).resize((shape[1], shape[0]), Resampling.BILINEAR))
+    clipped: NDArray[np.float32] = np.clip(full_size, 0.0, 1.0)
+    return clipped

@@ -32,7 +32,10 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
     Exit code: 0 fine, 1 the engine is missing, corrupt or foreign, 2 wrong usage
     """
     from trace_sdk.engines import default_engine, open_engine, read_engine
+    from trace_sdk.engines.manifest import Manifest, verify_seal
+    from trace_sdk.engines.model_proto import read_metadata
     from trace_sdk.engines.plan import MAGIC, unpack
+    from trace_sdk.errors import DeviceError
 
     model, source = read_engine(engine or default_engine(device)[0])
     facts: dict[str, Any] = {"file": source, "bytes": len(model)}
@@ -40,10 +43,17 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
         manifest, built, _, facts["sha256"] = unpack(model, source)
         facts |= {"built": asdict(built)}
     else:
-        opened = open_engine(engine, device)
-        manifest = opened.manifest
-        for name in ("sha256", "engine_reason", "device", "device_reason", "provider"):
-            facts[name] = getattr(opened, name)
+        try:
+            opened = open_engine(engine, device)
+        except DeviceError as error:
+            if device != "auto":
+                raise
+            facts |= {"sha256": verify_seal(model, source), "device": f"none here ({error})"}
+            manifest = Manifest.from_metadata(read_metadata(model, source), source)
+        else:
+            manifest = opened.manifest
+            for name in ("sha256", "engine_reason", "device", "device_reason", "provider"):
+                facts[name] = getattr(opened, name)
     facts |= asdict(manifest)
     if as_json:
         click.echo(json.dumps(facts, indent=2))

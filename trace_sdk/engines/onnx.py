@@ -21,7 +21,7 @@ from trace_sdk.engines.gpu_thread import GpuThread
 from trace_sdk.engines.manifest import Manifest, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.providers import CPU, Provider, open_session, open_tensorrt
-from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.errors import ArgumentError, DeviceError, EngineError
 from trace_sdk.machine import usable_cpus
 
 _ANSWERS = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
@@ -58,6 +58,8 @@ class OnnxEngine:
         known = shapes(self.manifest)
         self._source = source
         start = partial(_session, model, source, self.threads)
+        if self.manifest.precision == "bf16":
+            start = partial(_not_on_a_cpu, start, source)
         if tensorrt:
             opened = open_tensorrt(start, device, number, self.manifest, self.sha256, known)
         else:
@@ -113,6 +115,17 @@ def _device_number(device: str) -> int:
     if match is None:
         raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
     return int(match[1] or 0)
+
+
+def _not_on_a_cpu(
+    start: Callable[[list[Provider]], onnxruntime.InferenceSession], source: str, providers: list[Provider]
+) -> onnxruntime.InferenceSession:
+    if providers == [CPU]:
+        raise DeviceError(
+            f"{source}: computes in bf16, which onnxruntime does not have on a CPU. It runs on a GPU (device='cuda', "
+            "or runtime='tensorrt-rtx' or 'tensorrt'); for a CPU export the student with --precision fp16."
+        )
+    return start(providers)
 
 
 def _session(model: bytes, source: str, threads: int, providers: list[Provider]) -> onnxruntime.InferenceSession:
