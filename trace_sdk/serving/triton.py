@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def write_repository(
 
         model = take_any_size(model, source, output=output)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in target.parent.glob(f".{name}.*"):  # of a process that was killed; a server would try to load it
+        shutil.rmtree(unfinished, ignore_errors=True)
     # The server may watch the folder: the model appears in it whole.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
         made = Path(building, name)
