@@ -18,6 +18,7 @@ _VERBS = {
     "prompts": "Write points and boxes of instances for SAM, SAM 2, ultralytics.",
     "gallery": "Make a web page of photos, edges, instances and refined masks, with a slider.",
     "info": "Show what an engine says about itself, and the device it would run on.",
+    "doctor": "Try what is installed here, and say what each missing part would add.",
     "pretrain": "Train a pixel-space diffusion backbone of your own on a folder of photos.",
     "label": "Teacher: pseudo-labels (t*, ABDiv, ternary edges) for a folder of photos.",
     "distill": "Train the one-step student on a backbone and the teacher's labels.",

@@ -43,5 +43,5 @@ def signed_distance(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     else:
         bend = 0.3 * radius * np.sin(u / radius * rng.uniform(0.5, 2) + rng.uniform(0, 2 * math.pi))
         distance = np.maximum(np.abs(v + bend) - radius * rng.uniform(0.15, 0.4), np.abs(u) - 1.3 * radius)
-    result: NDArray[np.float32] = distance.astype(np.float32)
-    return result
+    signed: NDArray[np.float32] = distance.astype(np.float32)
+    return signed
