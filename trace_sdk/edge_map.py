@@ -107,8 +107,9 @@ class EdgeMap:
     ) -> RefinedMasks:
         """Masks of any source, made to agree with the edges: Background-Guided Propagation (paper section 3.5).
 
-        Neighbours in one mask are split, gaps and holes are closed, what spills over an edge is cut off, masks of one
-        thing are merged. The answer doesn't depend on the order of the masks.
+        Holes and gaps that no edge surrounds are closed, outlines move to stronger edges nearby, neighbours in one mask
+        are split and masks of one thing joined where the edges are clear. What they don't speak against stays as it
+        was. The answer doesn't depend on the order of the masks.
 
         Args:
             masks: bool [K, H, W], or integers of which 0 is outside; as large as the input, none of them empty.

@@ -156,7 +156,7 @@ def open_video(video: Path) -> Iterator[Clip]:
         def frames() -> Iterator[tuple[float, NDArray[np.uint8]]]:
             try:
                 for number, frame in enumerate(container.decode(stream)):
-                    yield float(number / rate), frame.to_ndarray(format="rgb24")
+                    yield float(number / rate), np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
             except (OSError, ValueError) as error:
                 raise ImageError(f"{video} is damaged ({error}). Give a whole file.") from error
 

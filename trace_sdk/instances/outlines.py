@@ -66,7 +66,7 @@ def without_holes(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def better_parts(
-    before: NDArray[np.bool_], after: NDArray[np.bool_], probability: NDArray[np.float32]
+    before: NDArray[np.bool_], after: NDArray[np.bool_], probability: NDArray[np.float32], level: float
 ) -> tuple[NDArray[np.bool_], float]:
     """A mask with those connected parts of a change that the edges speak for, and how much they do.
 
@@ -75,11 +75,11 @@ def better_parts(
     and FAR more where it moves further than NEAR.
 
     Args:
-        before, after: bool [h, w], `before` not empty. probability: float32 [h, w].
+        before, after: bool [h, w], `before` not empty. probability: float32 [h, w]. level: `middle_level` of `before`.
 
     Returns:
-        bool [h, w], and the sum over what the taken parts add to the outline of the probability above a middle level,
-        less that over what they remove.
+        bool [h, w], and the sum over what the taken parts add to the outline of the probability above the level, less
+        that over what they remove.
     """
     parts, count = label(before != after)
     if not count:
@@ -95,16 +95,15 @@ def better_parts(
         totals += np.bincount(part, strength, 2 * count + 2).reshape(2, -1)
     (added, removed), (new, old) = lengths, totals / np.maximum(lengths, 1)
     area = float(np.count_nonzero(before))
-    middle = middle_level(before, probability)
     length = np.maximum(added + removed, 1)
     grown = np.bincount(parts.ravel(), after.ravel(), count + 1) > 0
-    closes = grown & (added <= OPENING * length) & (old < (WEAK - added / length / 2) * middle)
+    closes = grown & (added <= OPENING * length) & (old < (WEAK - added / length / 2) * level)
     near = 2 * np.bincount(parts.ravel(), minlength=count + 1) / length <= NEAR * (area / np.pi) ** 0.5
     needed = np.where(grown, WIDER, NARROWER) + np.where(near, 0, FAR)
     moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > needed)
     taken = closes | moves
     taken[0] = False
-    gain = ((new - middle) * added - (old - middle) * removed)[taken].sum()
+    gain = ((new - level) * added - (old - level) * removed)[taken].sum()
     return np.where(taken[parts], after, before), float(gain)
 
 

@@ -26,7 +26,7 @@ from scipy.ndimage import distance_transform_edt
 
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.joining import Candidate, join_alike, join_neighbours
-from trace_sdk.instances.outlines import better_parts, box_of, without_holes
+from trace_sdk.instances.outlines import better_parts, box_of, middle_level, without_holes
 from trace_sdk.instances.splitting import split_masks
 from trace_sdk.instances.walk import Box, Fragment, Regions, spread_fragments
 
@@ -84,25 +84,30 @@ def propagate(
     for place, fragment in enumerate(fragments):
         of_instance.setdefault((fragment.mask, fragment.instance), []).append(place)
     filled = without_holes(masks)
+    areas = np.count_nonzero(masks, axis=(1, 2))
     found = []
     for index, mask in enumerate(masks):
         # A mask without a region that counts stays as it was, but for its holes.
         own = [places for (source, _), places in of_instance.items() if source == index] or [[]]
         for part, places in zip(_parts(mask, regions, fragments, own), own, strict=True):
             box = _union([box_of(part), *(regions.boxes[fragments[place].region] for place in places)], part.shape)
-            closed, _ = better_parts(part[box], part[box] | (filled[index][box] & ~mask[box]), probability[box])
+            edges = probability[box]
+            whole_part = part[box] | (filled[index][box] & ~mask[box])
+            closed, _ = better_parts(part[box], whole_part, edges, middle_level(part[box], edges))
+            level = middle_level(closed, edges)
             best, most = closed, 0.0
             for proposal in _proposals(box, regions, [fragments[i] for i in places], [rises[i] for i in places]):
                 if np.count_nonzero(proposal & closed) >= ALIKE * np.count_nonzero(proposal | closed):
-                    changed, gain = better_parts(closed, proposal, probability[box])
+                    changed, gain = better_parts(closed, proposal, edges, level)
                     if gain > most:
                         best, most = changed, gain
             whole = np.zeros_like(mask)
             whole[box] = best
-            agreement = np.count_nonzero(whole & mask) / np.count_nonzero(whole | mask)
+            common = np.count_nonzero(best & mask[box])
+            agreement = common / (np.count_nonzero(best) + areas[index] - common)
             found.append(Candidate(whole, float(scores[index] * agreement), [index]))
     joined = join_neighbours(join_alike(found), probability, regions)
-    runs = [codec.encode(np.asfortranarray(one.mask, np.uint8)) for one in joined]
+    runs = [one.rle for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
     height, width = probability.shape
     return RefinedMasks(

@@ -171,7 +171,8 @@ def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps
 def _between(pixels: slice, cells: slice, step: int, length: int) -> NDArray[np.float32]:
     """Weights of linear interpolation, [pixels, cells], along one axis; `length`: cells there are in the window."""
     place = np.clip((np.arange(pixels.start, pixels.stop) + 0.5) / step - 0.5 - cells.start, 0, length - 1)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(length))).astype(np.float32)
+    weights: NDArray[np.float32] = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(length))).astype(np.float32)
+    return weights
 
 
 def _block_means(mask: NDArray[np.bool_], step: int) -> NDArray[np.float32]:
