@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -150,6 +151,8 @@ def export_onnx(
     ]
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.parent.glob(f".{out.name}.*/"):  # of an export that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         work = Path(folder)
         note("tracing the graph")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 from numpy.typing import NDArray
 
 from trace_sdk.evaluation.datasets import Dataset, Sample, instance_boundaries, open_dataset
@@ -21,6 +20,7 @@ from trace_sdk.evaluation.edges import count_edges, score_edges
 from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.network_input import fit, unfit
 from trace_sdk.pretraining.scenes import compose
+from trace_sdk.pretraining.shapes import SIDE, cut_shape
 
 DRAWN, DRAWN_SIDE = 12, 256
 EVALUATED = 200  # photos of a data set, at most
@@ -74,7 +74,7 @@ def drawn_scenes(count: int, side: int) -> Dataset:
     rng = np.random.default_rng(0)
     scenes = {}
     for number in range(count):
-        shapes = [_shape(rng, side) for _ in range(6)]
+        shapes = [cut_shape(rng, _texture(rng, SIDE)) for _ in range(6)]
         scene = compose(rng, shapes, _texture(rng, side))
         name = f"drawn-{number}"
         scenes[name] = Sample(name, scene.rgb, (instance_boundaries(scene.ids),))
@@ -101,19 +101,3 @@ def _texture(rng: np.random.Generator, side: int) -> NDArray[np.uint8]:
     levels = colours[0] + share * (colours[1] - colours[0]) * 0.5 + grain
     texture: NDArray[np.uint8] = np.clip(levels, 0, 255).astype(np.uint8)
     return texture
-
-
-def _shape(rng: np.random.Generator, side: int) -> PIL.Image.Image:
-    """An ellipse or a polygon with a texture, RGBA."""
-    alpha = PIL.Image.new("L", (side, side))
-    draw = PIL.ImageDraw.Draw(alpha)
-    if rng.random() < 0.5:
-        draw.ellipse((2, side * rng.uniform(0.02, 0.3), side - 3, side * rng.uniform(0.7, 0.98)), fill=255)
-    else:
-        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(4, 9)))
-        around = rng.uniform(0.25, 0.48, len(angles)) * side
-        corners = side / 2 + np.stack([around * np.cos(angles), around * np.sin(angles)], 1)
-        draw.polygon([tuple(corner) for corner in corners], fill=255)
-    shape = PIL.Image.fromarray(_texture(rng, side)).convert("RGBA")
-    shape.putalpha(alpha)
-    return shape

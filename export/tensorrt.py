@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 MAX_BATCH = 8
+ABANDONED = 3600  # seconds after which no process can still be writing a file
 
 
 def build(
@@ -96,6 +98,9 @@ def build_once(engine: bytes, source: str, runtime: str, *, device: int = 0) -> 
         except (OSError, EngineError) as error:
             why = f"built again ({error})"
     data = build(engine, source, runtime, device=device)
+    for unfinished in file.parent.glob(f".{file.name}.*.tmp"):  # of builds that were killed
+        if time.time() - unfinished.stat().st_mtime > ABANDONED:
+            unfinished.unlink(missing_ok=True)
     write_bytes(file, data)
     return data, why
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from trace_sdk import EdgeDetector
-from trace_sdk.benchmarking import measure
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.benchmarking import measure, worker
 from trace_sdk.benchmarking.measure import benchmark, steps
 from trace_sdk.benchmarking.report import Report, Row
 from trace_sdk.cli import main
-from trace_sdk.errors import ArgumentError, EngineError, ImageError
+from trace_sdk.errors import ArgumentError, EngineError, ImageError, MissingExtraError
+from trace_sdk.teacher.teacher import TeacherSettings
 
 MakeEngine = Callable[..., bytes]
 
@@ -45,7 +48,7 @@ def report(engines: list[Path], photo: Path) -> Report:
         patch.setattr(measure, "COLD_STARTS", 1)
         said: list[str] = []
         report = benchmark(engines, [photo], size=64, runs=6, rounds=2, batches=(1, 3), on_step=said.append)
-        assert len(said) == steps(2, 2)
+        assert len(said) == steps(engines, 2)
     return report
 
 
@@ -150,11 +153,56 @@ def test_a_device_that_does_not_start_is_not_measured(
     engines: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "COLD_STARTS", 1)
-    monkeypatch.setattr(measure, "devices", lambda *_: ["cpu", "cuda:9"])
+    monkeypatch.setattr(measure, "ways", lambda *_: [("cpu", "auto"), ("cuda:9", "auto")])
     monkeypatch.setattr(measure, "installed_baselines", lambda: [])
     report = benchmark(engines[:1], [photo], size=64, runs=1, rounds=1, batches=(1,))
     assert [row.name for row in report.rows] == ["tiny fp32 on cpu"]
     assert "device='cuda:9'" in report.missing["tiny fp32 on cuda:9"]
+
+
+@pytest.mark.parametrize(
+    ("available", "gpus", "expected"),
+    [
+        (["CPU"], [], [("cpu", "auto")]),
+        (["CUDA", "CPU"], [], [("cpu", "auto"), ("cuda", "auto")]),
+        (
+            ["Tensorrt", "CUDA", "CPU"],
+            ["NVIDIA L4"],
+            [("cpu", "auto"), ("cuda", "auto"), ("cuda", "onnxruntime-tensorrt"), ("cuda", "tensorrt-rtx")],
+        ),
+    ],
+)
+def test_every_way_to_run_an_engine_that_is_installed(
+    available: list[str], gpus: list[str], expected: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: [f"{name}ExecutionProvider" for name in available]
+    )
+    monkeypatch.setattr(measure, "gpus", lambda: gpus)
+    monkeypatch.setattr(measure, "find_spec", lambda module: module == "tensorrt_rtx_bindings")
+    assert measure.ways("trace-small") == expected
+
+
+def test_a_plan_and_a_student_have_one_way_each(tmp_path: Path) -> None:
+    assert measure.ways("a.engine") == [("cuda", "auto")] and measure.ways(tmp_path) == [("auto", "torch")]
+
+
+def test_the_teacher_is_a_baseline(
+    tiny_backbone: PixelBackbone, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "WARMUP", 0)
+    monkeypatch.setattr("trace_sdk.teacher.teacher.TeacherSettings", partial(TeacherSettings, size=64, stride=300))
+    tiny_backbone.save(tmp_path / "backbone")
+    task = {"baseline": "teacher", "file": str(tmp_path / "backbone"), "photos": [str(photo)]}
+    outcome = worker._warm({**task, "runs": 1, "seconds": 1, "batches": [1]})
+    assert len(outcome["milliseconds"]) == 1 and outcome["stages"]["network"][0] > 1
+    assert outcome["info"]["what"] == "IEP and ABDiv" and outcome["images_per_second"] == {}
+
+
+def test_structured_forests_need_their_model(tmp_path: Path) -> None:
+    (tmp_path / "model.yml.gz").write_bytes(b"no model")
+    with pytest.raises((ArgumentError, MissingExtraError), match=r"cannot read it|opencv-contrib"):
+        worker.BASELINES["structured forests"](str(tmp_path / "model.yml.gz"))
 
 
 def test_a_process_that_dies_is_an_error() -> None:

@@ -94,7 +94,7 @@ def test_one_command_makes_the_figures(
     refine.main()
     content = json.loads(out.read_text())
     scores = content["scores"]
-    assert content["images"] == 2 and content["engine"]["engine"] == "tiny"
+    assert content["images"] == 2 and content["engines"][0]["engine"] == "tiny"
     assert set(scores) == {"merged", "split", "holes", "loose", "mixed", "untouched", "felzenszwalb", "slic_merged"}
     assert scores["untouched"]["before"]["ap"] == pytest.approx(1)
     assert scores["merged"]["true"]["ap50"] > scores["merged"]["before"]["ap50"] + 0.4

@@ -11,7 +11,9 @@ from pycocotools import mask as codec
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
-from trace_sdk.instances.propagation import BETA, RADIUS, TAIL, outline_strength, spread, transition_matrix
+from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
+from trace_sdk.instances.outlines import outline_strength
+from trace_sdk.instances.walk import TAIL, spread
 
 HEIGHT, WIDTH = 80, 120
 
@@ -187,6 +189,40 @@ def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
     assert (overlap - np.eye(len(refined)) <= 0.5).all()
     assert {index for indices in refined.sources for index in indices} <= set(range(8))
     assert all(mask.any() for mask in refined.masks) and ((refined.scores > 0) & (refined.scores <= 1)).all()
+
+
+def test_a_mask_stays_where_edges_inside_it_are_no_stronger_than_its_outline() -> None:
+    """Weak edges inside a thing neither split it nor move its outline: refinement used to follow them."""
+    rng = np.random.default_rng(3)
+    edges = np.clip(PAIR.probability * 0.6, 0, 1)
+    edges[20:61, 35] = edges[40, 20:60] = 0.55  # folds inside the left thing, over the threshold
+    noisy = EdgeMap(np.clip(edges + rng.uniform(0, 0.1, edges.shape), 0, 1).astype(np.float32), PAIR.rgb, 0.4)
+    refined = noisy.refine(LEFT[None], [0.8])
+    assert len(refined) == 1 and iou(refined.masks[0], LEFT) > 0.97
+
+
+def test_a_hole_with_an_edge_around_stays() -> None:
+    ring = PAIR.probability.copy()
+    ring[30:45, 30], ring[30:45, 44], ring[30, 30:45], ring[44, 30:45] = 1, 1, 1, 1
+    mask = LEFT & ~box(30, 45, 30, 45)
+    kept = EdgeMap(ring, PAIR.rgb, 0.5).refine(mask[None])
+    assert not kept.masks[0][34:41, 34:41].any()
+    assert PAIR.refine(mask[None]).masks[0][34:41, 34:41].all()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.8])
+def test_touching_masks_are_joined_unless_an_edge_keeps_them_apart(strength: float) -> None:
+    """Two thirds of one thing each, but little of each in common, so that only the line between them can tell."""
+    edges = map_of(*((slice(20, 61), column) for column in (20, 100)), *((row, slice(20, 101)) for row in (20, 60)))
+    crossed = edges.probability.copy()
+    crossed[20:61, 60] = np.maximum(crossed[20:61, 60], strength)
+    refined = EdgeMap(crossed, PAIR.rgb, 0.5).refine(np.stack([LEFT, RIGHT]))
+    assert len(refined) == (2 if strength else 1)
+
+
+def test_a_small_thing_on_a_large_one_is_not_joined() -> None:
+    inner = box(30, 40, 30, 40)
+    assert len(PAIR.refine(np.stack([LEFT & ~inner, inner]))) == 2
 
 
 def test_no_masks() -> None:

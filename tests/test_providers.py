@@ -106,6 +106,29 @@ def test_a_graph_that_tensorrt_takes_in_parts_gets_no_profile(
     assert detector.info["provider"] == TENSORRT
 
 
+def test_what_a_killed_process_left_in_the_cache_is_built_again(
+    tiny_engine: Path, started: list[Providers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, damaged = onnx._session, True
+
+    def picky(*arguments: Any) -> onnxruntime.InferenceSession:
+        folder = Path(arguments[-1][0][1]["trt_engine_cache_path"])
+        if any(folder.iterdir()):
+            raise EngineError("TensorRT EP could not deserialize engine from cache")
+        if damaged:
+            (folder / "half.engine").write_bytes(b"half")
+        opened = session(*arguments)
+        monkeypatch.setattr(opened, "get_providers", lambda: [TENSORRT, CUDA, CPU])
+        return opened
+
+    monkeypatch.setattr(onnx, "_session", picky)
+    opened = [EdgeDetector(tiny_engine, device="cuda", runtime="onnxruntime-tensorrt") for _ in range(2)]
+    assert [detector.info["device_reason"] for detector in opened] == [
+        "asked for",
+        "asked for; built again (TensorRT EP could not deserialize engine from cache)",
+    ]
+
+
 @pytest.mark.parametrize("lacking", ["provider", "libraries", "device"])
 def test_onnxruntimes_tensorrt_that_is_not_there(
     lacking: str, tiny_engine: Path, started: list[Providers], monkeypatch: pytest.MonkeyPatch

@@ -78,3 +78,33 @@ def test_bad_results(results: Path, harm: Any, said: str) -> None:
     harm(results)
     result = CliRunner().invoke(main, ["tables", str(results)])
     assert result.exit_code == 1 and said in result.stderr and "Traceback" not in result.output
+
+
+def test_figure_10_has_a_bar_for_each_figure(results: Path, tmp_path: Path) -> None:
+    import PIL.Image
+
+    out = tmp_path / "t.md"
+    result = CliRunner().invoke(main, ["tables", str(results), "-o", str(out), "--plot"])
+    assert result.exit_code == 0, result.output
+    with PIL.Image.open(tmp_path / "t.figure10.png") as picture:
+        pixels = picture.convert("RGB").getcolors(1 << 24)
+        tall = picture.height
+    assert pixels is not None
+    # Ours is black: a bar for cutler+trace, 0.25 of an axis that goes to 1.25 times the highest, 0.3.
+    black = next(count for count, colour in pixels if colour == (0, 0, 0))
+    put(tmp_path / "none", found={"cutler": 0.2, "cutler+trace": 0.0, "cutler+canny": 0.15, "mask": 0.3})
+    CliRunner().invoke(main, ["tables", str(tmp_path / "none"), "-o", str(tmp_path / "n.md"), "--plot"])
+    with PIL.Image.open(tmp_path / "n.figure10.png") as picture:
+        less = next(count for count, colour in picture.convert("RGB").getcolors(1 << 24) if colour == (0, 0, 0))
+    assert black - less > tall * 2
+
+
+def test_figure_10_needs_masks_and_a_file(results: Path, tmp_path: Path) -> None:
+    put(tmp_path / "edges", {"canny": 0.3})
+    assert (
+        CliRunner().invoke(main, ["tables", str(tmp_path / "edges"), "-o", str(tmp_path / "e.md"), "--plot"]).exit_code
+        == 0
+    )
+    assert not (tmp_path / "e.figure10.png").exists()
+    result = CliRunner().invoke(main, ["tables", str(results), "--plot"])
+    assert result.exit_code == 2 and "Name it with -o" in result.stderr

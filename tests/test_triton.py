@@ -12,6 +12,9 @@ from click.testing import CliRunner
 
 from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
+from trace_sdk.engines.manifest import Manifest
+from trace_sdk.engines.model_proto import read_metadata
+from trace_sdk.engines.plan import Built, pack
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
 from trace_sdk.serving import triton
 from trace_sdk.serving.triton import write_repository
@@ -101,6 +104,59 @@ def test_nothing_is_overwritten_or_left_half_written(
     assert not list((tmp_path / "b").iterdir())
     with pytest.raises(EngineError):
         write_repository(tmp_path / "missing.onnx", tmp_path / "b")
+
+
+@pytest.fixture
+def plan(tiny_engine: Path, tmp_path: Path) -> Callable[[str], Path]:
+    manifest = Manifest.from_metadata(read_metadata(tiny_engine.read_bytes(), "tiny"), "tiny")
+
+    def make(runtime: str) -> Path:
+        profile = {"max": [4, 1024, 1024, 3]}
+        file = tmp_path / f"{runtime}.engine"
+        file.write_bytes(
+            pack(manifest, Built(runtime, "10.9.0", "NVIDIA L4 (8.9)", "fp16", profile, "ab" * 32), b"PLAN")
+        )
+        return file
+
+    return make
+
+
+def test_a_plan_goes_to_the_tensorrt_backend(plan: Callable[[str], Path], tmp_path: Path) -> None:
+    model = write_repository(plan("tensorrt"), tmp_path / "models", max_batch=4, buckets=[64, 128])
+    assert sorted(p.relative_to(model).as_posix() for p in model.rglob("*")) == ["1", "1/model.plan", "config.pbtxt"]
+    assert (model / "1/model.plan").read_bytes() == b"PLAN"
+    text = (model / "config.pbtxt").read_text()
+    lines = text.splitlines()
+    assert 'backend: "tensorrt"' in lines and "instance_group [{ count: 1, kind: KIND_GPU }]" in lines
+    assert len(re.findall(r"graph_spec \{ batch_size: 1", text)) == len(re.findall("model_warmup", text)) == 3
+    assert text.count("{") == text.count("}") and text.count("[") == text.count("]")
+    assert parameters(text)["gpu"] == "NVIDIA L4 (8.9)" and parameters(text)["tensorrt"] == "10.9.0"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "options", "error", "message"),
+    [
+        (
+            "tensorrt-rtx",
+            {"max_batch": 4, "buckets": [64]},
+            EngineError,
+            "was built for tensorrt-rtx; Triton's backend",
+        ),
+        ("tensorrt", {"max_batch": 4}, ArgumentError, "give --buckets"),
+        ("tensorrt", {"max_batch": 8, "buckets": [64]}, ArgumentError, "built for at most 4"),
+    ],
+)
+def test_plans_that_triton_cannot_run(
+    runtime: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    plan: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=message):
+        write_repository(plan(runtime), tmp_path / "models", **options)
+    assert not (tmp_path / "models").exists()
 
 
 def test_command(tiny_engine: Path, tmp_path: Path) -> None:

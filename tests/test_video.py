@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from trace_sdk.cli import main
+from trace_sdk.cli.detect import camera_number
+from trace_sdk.video import Clip, _writers
 
 av = pytest.importorskip("av", reason="needs trace-sdk[video]")
 pytest.importorskip("trackers", reason="needs trace-sdk[video]")
@@ -78,13 +82,9 @@ def test_videos_have_the_frames_and_size_of_the_input(clip: Path, tiny_engine: P
             assert frames[0][24, 8].mean() > 100 and frames[0][48, 64].mean() < 30
 
 
-def test_odd_sides_are_filled_up(tiny_engine: Path, tmp_path: Path) -> None:
-    from fractions import Fraction
-
-    from trace_sdk.video import _writers
-
-    with _writers(av, [str(tmp_path / "odd.mp4")], Fraction(RATE)) as (write,):
-        write(np.full((33, 65, 3), 200, np.uint8))
+def test_odd_sides_are_filled_up(tmp_path: Path) -> None:
+    with _writers(av, [str(tmp_path / "odd.mp4")], Clip("odd", Fraction(RATE), iter(()))) as (write,):
+        write(np.full((33, 65, 3), 200, np.uint8), 0.0)
     with av.open(str(tmp_path / "odd.mp4")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (66, 34)
 
@@ -123,3 +123,67 @@ def test_no_file_is_left_when_it_is_cut(
     result = detect(clip, "-o", tmp_path / "out", "--engine", tiny_engine)
     assert result.exit_code == 130
     assert list((tmp_path / "out").iterdir()) == []
+
+
+class FakeCamera:
+    """What cv2.VideoCapture is, with five BGR frames; then it is unplugged or interrupted."""
+
+    frames, then, opened = 5, "unplugged", True
+
+    def __init__(self, number: int) -> None:
+        self.number, self.seen, self.released = number, 0, False
+
+    def isOpened(self) -> bool:  # as OpenCV spells it
+        return self.opened
+
+    def get(self, what: int) -> float:
+        return 0.0  # many drivers tell no rate
+
+    def read(self) -> tuple[bool, Any]:
+        if self.seen == self.frames:
+            if self.then == "interrupted":
+                raise KeyboardInterrupt
+            return False, None
+        self.seen += 1
+        frame = np.full((48, 64, 3), 60, np.uint8)
+        frame[8:40, 16:48] = (250, 0, 0)  # blue
+        return True, frame
+
+    def release(self) -> None:
+        FakeCamera.released_number = self.number
+
+
+@pytest.mark.parametrize("then", ["unplugged", "interrupted"])
+def test_a_camera_is_recorded_until_it_ends(
+    then: str, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.setattr(cv2, "VideoCapture", FakeCamera)
+    monkeypatch.setattr(FakeCamera, "then", then)
+    result = detect("camera:3", "-o", tmp_path / "out", "--engine", tiny_engine, "--overlay")
+    assert result.exit_code == 0, result.output
+    assert FakeCamera.released_number == 3 and "frames/s, total" in result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "out/camera-3.frames.jsonl").read_text().splitlines()]
+    assert 1 <= len(lines) <= 5 and (then == "interrupted" or len(lines) == 5)
+    assert lines[0]["time"] == 0 and all(a["time"] <= b["time"] for a, b in itertools.pairwise(lines))
+    with av.open(str(tmp_path / "out/camera-3.overlay.mp4")) as container:
+        (first, *others) = container.decode(video=0)
+        assert len(others) + 1 == len(lines)
+    red, _, blue = first.to_ndarray(format="rgb24")[24, 32].astype(int)
+    assert blue > red + 100
+
+
+def test_no_camera(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.setattr(cv2, "VideoCapture", FakeCamera)
+    monkeypatch.setattr(FakeCamera, "opened", False)
+    result = detect("7", "-o", tmp_path / "out", "--engine", tiny_engine)
+    assert result.exit_code == 1 and "Camera 7 cannot be opened" in result.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_names_of_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("2").mkdir()  # a folder of that name comes first
+    names = ("camera:0", "1", "2", "a.mp4", "camera:x", "C:1")
+    assert [camera_number(name) for name in names] == [0, 1, None, None, None, None]

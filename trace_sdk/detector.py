@@ -16,13 +16,14 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from trace_sdk.buckets import bucket_length, bucket_shapes, checked_buckets, is_whole
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.engines import open_engine
 from trace_sdk.engines.manifest import ANY_SIZE, Manifest
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
 from trace_sdk.machine import usable_cpus
-from trace_sdk.network_input import fit, padded_length, scaled_shape, unfit
+from trace_sdk.network_input import fit, scaled_shape, unfit
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
@@ -82,9 +83,9 @@ class EdgeDetector:
             MissingExtraError: the runtime is not installed; says the line that does it.
             ArgumentError: `runtime`, `size`, `buckets`, `threads` or the name of the device is out of range.
         """
-        if size is not None and (not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
+        if size is not None and (not is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
-        if threads is not None and (not _is_whole(threads) or threads < 1):
+        if threads is not None and (not is_whole(threads) or threads < 1):
             raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
         self._engine = open_engine(engine, device, threads, runtime, partial(self._known_shapes, size, buckets))
 
@@ -99,7 +100,7 @@ class EdgeDetector:
                 "size and buckets cannot be chosen. Use the engine that it was made of, or export another."
             )
         self.size = size or manifest.default_size
-        self.buckets = self._checked_buckets(buckets) if buckets is not None else ()
+        self.buckets = checked_buckets(buckets, manifest) if buckets is not None else ()
         return self.bucket_shapes()
 
     @property
@@ -167,7 +168,7 @@ class EdgeDetector:
             ArgumentError: `batch` or `prefetch` is below 1 or not whole, or `images` is one picture.
         """
         for name, value in {"batch": batch, "prefetch": prefetch}.items():
-            if not _is_whole(value) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
         single = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image)
         if isinstance(images, single) or not isinstance(images, Iterable):
@@ -185,21 +186,7 @@ class EdgeDetector:
 
     def bucket_shapes(self) -> list[tuple[int, int]]:
         """(height, width) of every input that the network can get with `buckets` and `size`; empty without."""
-        if not self.buckets:
-            return []
-        longest = min(self._padded(self.size), self.buckets[-1])
-        sides = self.buckets[: self.buckets.index(longest) + 1]
-        return [(side, longest) for side in sides] + [(longest, side) for side in sides[:-1]]
-
-    def _checked_buckets(self, buckets: Sequence[int]) -> tuple[int, ...]:
-        step, least, most = self._manifest.multiple_of, self._manifest.min_size, self._manifest.max_size
-        sides = sorted(set(buckets)) if all(map(_is_whole, buckets)) else []
-        if not sides or sides[0] < least or sides[-1] > most or any(side % step for side in sides):
-            raise ArgumentError(
-                f"buckets={buckets!r} must be multiples of {step} from {least} to {most}, at least one, for "
-                f"{self._manifest.name}."
-            )
-        return tuple(map(int, sides))
+        return bucket_shapes(self.size, self._manifest, self.buckets)
 
     def _stream(self, images: Iterable[ImageInput], batch: int, prefetch: int) -> Iterator[EdgeMap]:
         pool = ThreadPoolExecutor(min(prefetch, usable_cpus()), thread_name_prefix="trace-decode")
@@ -244,8 +231,7 @@ class EdgeDetector:
         return _Prepared(picture, pixels, height, width, timings)
 
     def _padded(self, length: int) -> int:
-        fitting = padded_length(length, self._manifest.multiple_of, self._manifest.min_size)
-        return next((side for side in self.buckets if side >= fitting), fitting)
+        return bucket_length(length, self._manifest, self.buckets)
 
     def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:
         """One map each; pictures of one shape go through the engine together."""
@@ -295,7 +281,3 @@ class EdgeDetector:
             "timings": {**timings, "total": sum(timings.values())},
         }
         return EdgeMap(probability, prepared.image.rgb, self._manifest.threshold, info)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -6,8 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_whole
-from trace_sdk.errors import ArgumentError, MissingExtraError, OutputError
+from trace_sdk.errors import ArgumentError, OutputError, needs_extra
 from trace_sdk.images import ImageInput, read_image
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class EdgeMap:
             MissingExtraError: the extra `instances` is not installed.
         """
         cut_at, least = self._checked(threshold), self._least(min_area)
-        with _needs_extra():
+        with needs_extra("instances", "Instances need"):
             from trace_sdk.instances.hierarchy import enlarge
             from trace_sdk.instances.result import Instances
 
@@ -108,8 +107,9 @@ class EdgeMap:
     ) -> RefinedMasks:
         """Masks of any source, made to agree with the edges: Background-Guided Propagation (paper section 3.5).
 
-        Neighbours in one mask are split, gaps and holes are closed, what spills over an edge is cut off, masks of one
-        thing are merged. The answer doesn't depend on the order of the masks.
+        Holes and gaps that no edge surrounds are closed, outlines move to stronger edges nearby, neighbours in one mask
+        are split and masks of one thing joined where the edges are clear. What they don't speak against stays as it
+        was. The answer doesn't depend on the order of the masks.
 
         Args:
             masks: bool [K, H, W], or integers of which 0 is outside; as large as the input, none of them empty.
@@ -133,7 +133,7 @@ class EdgeMap:
         if weights.shape != (len(inside),) or not np.isfinite(weights).all():
             raise ArgumentError(f"scores are {scores!r}; expected {len(inside)} finite numbers, one a mask.")
         cut_at = self._checked(threshold)
-        with _needs_extra():
+        with needs_extra("instances", "Instances need"):
             from trace_sdk.instances.propagation import propagate
 
             return propagate(self.probability, self.hierarchy, cut_at, self._least(None), inside, weights)
@@ -160,7 +160,7 @@ class EdgeMap:
             MissingExtraError: the extra `instances` is not installed.
         """
         cut_at, least = self._checked(threshold), self._least(min_area)
-        with _needs_extra():
+        with needs_extra("instances", "Instances need"):
             from trace_sdk.instances.label_sets import read_label_set
             from trace_sdk.instances.panoptic import Panoptic, check_semantic, split_things
 
@@ -294,16 +294,6 @@ class EdgeMap:
         height, width = self.probability.shape
         engine = self.info.get("engine")
         return f"EdgeMap({width}x{height}, engine={engine!r}, threshold={self.threshold:.3g})"
-
-
-@contextmanager
-def _needs_extra() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"Instances need {error.name}, which is not installed. Run: pip install 'trace-sdk[instances]'"
-        ) from error
 
 
 def _thin(probability: NDArray[np.float32], magnification: float) -> NDArray[np.float32]:

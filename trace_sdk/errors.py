@@ -17,6 +17,11 @@
 Each message says what was wrong, with which file, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TraceError(Exception):
     """Base of all errors of trace-sdk; catch this to catch them all."""
@@ -68,3 +73,14 @@ class MissingExtraError(TraceError):
 
 class OutputError(TraceError):
     """A result could not be written."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """A package that is missing in this block raises a MissingExtraError that names the extra; `what`: who needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{what} {error.name}, which is not installed. Run: pip install 'trace-sdk[{extra}]'"
+        ) from error

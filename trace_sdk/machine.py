@@ -75,6 +75,16 @@ def hardware() -> dict[str, str | int]:
     }
 
 
+def gpus() -> list[str]:
+    """NVIDIA GPUs with their memory and driver, as nvidia-smi tells; none where it is missing or fails."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.splitlines() if line.strip()]
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}

@@ -21,7 +21,14 @@ for part in scenes:448 photos:800; do
 done
 
 trace-sdk distill-nano "$work/nano/images" --labels "$work/nano/labels" --steps 1900 -o "$work/nano/student"
-trace-sdk export "$work/nano/student" -o "$work/trace-nano.onnx" --name trace-nano
+trace-sdk export "$work/nano/student" -o "$work/nano/first.onnx" --name trace-nano
+
+# Then by scenes of what it cuts out itself.
+python "$small/sample_photos.py" "$work/photos" "$work/nano/own" --count 1500
+trace-sdk cutouts "$work/nano/own" --engine "$work/nano/first.onnx" --size 384 -o "$work/nano/cutouts"
+trace-sdk self-train "$work/nano/student" "$work/nano/own" --cutouts "$work/nano/cutouts" --steps 2000 \
+  -o "$work/nano/better"
+trace-sdk export "$work/nano/better" -o "$work/trace-nano.onnx" --name trace-nano
 
 python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"

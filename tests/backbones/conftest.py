@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +12,24 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.backbones.registry import open_backbone
@@ -189,7 +209,7 @@ def lumina2(folder: Path) -> None:
     def transformer() -> Any:
         return diffusers.Lumina2Transformer2DModel(
             in_channels=16, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
-            multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(64, 64, 64), cap_feat_dim=24,
+            multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(512, 64, 64), cap_feat_dim=24,
         )  # fmt: skip
 
     autoencoder = lambda: vae(16, scaling_factor=0.3611, shift_factor=0.1159)  # noqa: E731
@@ -277,3 +297,96 @@ def model(request: pytest.FixtureRequest, open_tiny: OpenTiny) -> Model:
 def tiny_names() -> list[str]:
     """Names of all tiny models."""
     return list(TINY)
+
+
+LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+
+
+def clip(folder: Path, number: str, width: int, *, pooled: int = 0) -> dict[str, Any]:
+    """A CLIP text encoder and its tokenizer, saved as `text_encoder<number>` and `tokenizer<number>`."""
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=pooled or width,
+        bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
+    kind(config).save_pretrained(folder / f"text_encoder{number}")
+    tokenizer.save_pretrained(folder / f"tokenizer{number}")
+    return {
+        f"text_encoder{number}": ["transformers", kind.__name__],
+        f"tokenizer{number}": ["transformers", "CLIPTokenizer"],
+    }
+
+
+def t5(folder: Path, number: str, width: int) -> dict[str, Any]:
+    """A T5 encoder and its tokenizer."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=2))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    T5TokenizerFast(tokenizer_object=raw, vocab=pieces, extra_ids=0).save_pretrained(folder / f"tokenizer{number}")
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{number}")
+    return {
+        f"text_encoder{number}": ["transformers", "T5EncoderModel"],
+        f"tokenizer{number}": ["transformers", "T5TokenizerFast"],
+    }
+
+
+def language_model(folder: Path, family: str) -> dict[str, Any]:
+    """A language model as the newer families have it, on a tokenizer of single bytes with a chat template."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12,
+    }  # fmt: skip
+    more: dict[str, Any] = {}
+    if family == "qwen-image":
+        vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": 24, "intermediate_size": 8}
+        rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
+        kind: Any = Qwen2_5_VLForConditionalGeneration
+        config: Any = Qwen2_5_VLConfig(text_config=sizes | {"rope_parameters": rope}, vision_config=vision)
+    elif family == "lumina2":
+        kind, config = Gemma2Model, Gemma2Config(**sizes)
+    elif family == "flux2":  # klein: layers 9, 18 and 27 side by side
+        kind, config = Qwen3ForCausalLM, Qwen3Config(**sizes | {"hidden_size": 8, "num_hidden_layers": 28})
+        more["_class_name"] = "Flux2KleinPipeline"
+    else:
+        kind, config = Qwen3Model, Qwen3Config(**sizes)
+    kind(config).save_pretrained(folder / "text_encoder")
+    more["text_encoder"] = ["transformers", kind.__name__]
+    return more | {"tokenizer": ["transformers", "Qwen2Tokenizer"]}
+
+
+@pytest.fixture(scope="session")
+def with_encoders() -> Callable[[Any, Path], Path]:
+    """`with_encoders(model, folder)`: a copy of a tiny model, with text encoders of the widths its denoiser takes."""
+    return copy_with_encoders
+
+
+def copy_with_encoders(model: Any, folder: Path) -> Path:
+    shutil.copytree(model.folder, folder)
+    torch.manual_seed(0)
+    index = json.loads((folder / "model_index.json").read_text())
+    if model.name == "sd":
+        index |= clip(folder, "", 24)
+    elif model.name == "sdxl":
+        index |= clip(folder, "", 8) | clip(folder, "_2", 16, pooled=32)
+    elif model.name == "flux":
+        index |= clip(folder, "", 20) | t5(folder, "_2", 24)
+    elif model.name in ("z-image", "qwen-image", "lumina2", "flux2"):
+        index |= language_model(folder, model.name)
+    elif model.name == "sd3":
+        index |= clip(folder, "", 8, pooled=8) | clip(folder, "_2", 12, pooled=12) | t5(folder, "_3", 24)
+    else:
+        index |= t5(folder, "", 24)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -141,6 +141,9 @@ def test_sizes_off_the_grid_are_refused(model: Any) -> None:
         with pytest.raises(ArgumentError, match="learnt positions up to"):
             most = model.backbone.most_tokens * model.backbone.token_side
             model.backbone.encode(torch.zeros(1, 3, least, most + 8 * step))
+        with pytest.raises(ArgumentError, match="learnt positions up to"):
+            Teacher(model.backbone, TeacherSettings(size=most + 8 * step))
+        Teacher(model.backbone, TeacherSettings(size=most + 8 * step, tile=most))
 
 
 def test_kept_queries_and_a_running_map_give_the_same_abdiv(open_tiny: Any, images: Tensor) -> None:

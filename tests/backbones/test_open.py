@@ -21,7 +21,7 @@ from trace_sdk.backbones import hub
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.cli import main
-from trace_sdk.errors import CheckpointError, DownloadError, OutOfMemoryError, TraceError
+from trace_sdk.errors import ArgumentError, CheckpointError, DownloadError, OutOfMemoryError, TraceError
 from trace_sdk.teacher.labels import load_label
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
@@ -93,6 +93,10 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "model_index.json").write_text("hello")
     elif how == "no index":
         (folder / "model_index.json").unlink()
+    elif how == "one file":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "v1-5.safetensors").write_bytes(b"")
     elif how == "other family":
         index |= {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
         (folder / "model_index.json").write_text(json.dumps(index))
@@ -118,6 +122,7 @@ def spoil(folder: Path, how: str) -> None:
         ("foreign scheduler", "no known noising rule; known are flow matching"),
         ("index is text", "is not JSON"),
         ("no index", "neither model_index.json"),
+        ("one file", r"v1-5\.safetensors is a checkpoint of one file.*from_single_file\(.*\)\.save_pretrained"),
         ("other family", r"SanaPipeline on SanaTransformer2DModel.*aura-flow, flux, .*pixel.*sdxl.*docs/backbones\.md"),
         ("inpainting", "takes 16 channels, its VAE gives 8"),
     ],
@@ -127,6 +132,16 @@ def test_what_is_wrong_with_a_folder_is_said(copy: Callable[[str], Path], how: s
     spoil(folder, how)
     with pytest.raises(CheckpointError, match=fragment):
         open_backbone(folder)
+    if how == "one file":
+        with pytest.raises(CheckpointError, match=fragment):
+            open_backbone(folder / "v1-5.safetensors")
+
+
+def test_a_part_is_not_taken_for_the_model(open_tiny: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"transformer is one part of a pipeline\."):
+        open_backbone(open_tiny("sd3").folder / "transformer")
+    with pytest.raises(CheckpointError, match="is no folder, and no hub id"):
+        open_backbone("no/such/folder")
 
 
 def test_too_little_memory_for_the_weights(open_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,3 +345,47 @@ def test_label_command_takes_any_family(open_tiny: Any, photos: Path, tmp_path: 
     assert Image.open(tmp_path / "out" / "a.png.png").width > 800
     refused = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "more"), "--tile", "100"])
     assert refused.exit_code == 2 and "tile must be a multiple of 8 px from 64 for this backbone" in refused.output
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixel"])
+def test_images_that_overflow_in_fp16_are_read_in_fp32(
+    open_tiny: Any, tiny_backbone: PixelBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """One of a batch of two: it gets the label of fp32, the other keeps fp16's, and the weights are as before."""
+    if name == "pixel":
+        tiny_backbone.save(tmp_path)
+    folder = tmp_path if name == "pixel" else open_tiny(name).folder
+    half, exact = open_backbone(folder, precision="fp16"), open_backbone(folder)
+    settings = {"size": 64, "timesteps": (0.2,)}
+    teacher = Teacher(half, TeacherSettings(**settings, precision="fp16"))
+    rng = np.random.default_rng(0)
+    prepared = [teacher.prepare(rng.integers(0, 255, (64, 64, 3), np.uint8)) for _ in range(2)]
+    before = teacher.annotate_batch(prepared)
+    assert not [record for record in caplog.records if "overflows" in record.message]
+    caplog.clear()
+    weights = {key: value.clone() for key, value in half.state_dict().items()}
+    divergence = teacher._abdiv_at
+
+    def overflow(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        found = divergence(x_t, t)
+        if half.dtype == torch.float16 or torch.is_autocast_enabled("cpu"):
+            found[1, 0, 0] = torch.inf
+        return found
+
+    teacher._abdiv_at = overflow
+    for _ in range(2):
+        first, second = teacher.annotate_batch(prepared)
+        np.testing.assert_array_equal(first.abdiv, before[0].abdiv)
+        (expected,) = Teacher(exact, TeacherSettings(**settings)).annotate_batch(prepared[1:])
+        np.testing.assert_allclose(second.abdiv, expected.abdiv, rtol=0.05 if name == "sd3" else 1e-4, atol=1e-3)
+        assert not np.array_equal(second.abdiv, before[1].abdiv)
+    assert all(torch.equal(value, weights[key]) for key, value in half.state_dict().items())
+    assert [record.message.partition(":")[0] for record in caplog.records] == [f"{half.family} overflows in fp16"]
+    teacher._abdiv_at = lambda x_t, t: divergence(x_t, t) * torch.nan
+    with pytest.raises(ArgumentError, match="not finite, in fp32 either"):
+        teacher.annotate_batch(prepared)
+    if name == "sd3":
+        offloaded = Teacher(open_backbone(folder, precision="fp16", offload=True), teacher.settings)
+        offloaded._abdiv_at = teacher._abdiv_at
+        with pytest.raises(ArgumentError, match="Take --precision bf16, or fp32"):
+            offloaded.annotate_batch(prepared)

@@ -10,82 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from trace_sdk.backbones import prompts
 from trace_sdk.backbones.registry import families, open_backbone
 from trace_sdk.errors import CheckpointError
-
-LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-
-
-def clip(folder: Path, number: str, width: int, *, pooled: int = 0) -> dict[str, Any]:
-    """A CLIP text encoder and its tokenizer, saved as `text_encoder<number>` and `tokenizer<number>`."""
-    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=pooled or width,
-        bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
-    )  # fmt: skip
-    kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
-    kind(config).save_pretrained(folder / f"text_encoder{number}")
-    tokenizer.save_pretrained(folder / f"tokenizer{number}")
-    return {
-        f"text_encoder{number}": ["transformers", kind.__name__],
-        f"tokenizer{number}": ["transformers", "CLIPTokenizer"],
-    }
-
-
-def t5(folder: Path, number: str, width: int) -> dict[str, Any]:
-    """A T5 encoder and its tokenizer."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    raw = Tokenizer(models.Unigram(pieces, unk_id=2))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace()
-    T5TokenizerFast(tokenizer_object=raw, vocab=pieces, extra_ids=0).save_pretrained(folder / f"tokenizer{number}")
-    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{number}")
-    return {
-        f"text_encoder{number}": ["transformers", "T5EncoderModel"],
-        f"tokenizer{number}": ["transformers", "T5TokenizerFast"],
-    }
-
-
-def with_encoders(model: Any, folder: Path) -> Path:
-    """A copy of a tiny model, with text encoders whose widths are those that its denoiser takes."""
-    shutil.copytree(model.folder, folder)
-    torch.manual_seed(0)
-    index = json.loads((folder / "model_index.json").read_text())
-    if model.name == "sd":
-        index |= clip(folder, "", 24)
-    elif model.name == "sdxl":
-        index |= clip(folder, "", 8) | clip(folder, "_2", 16, pooled=32)
-    elif model.name == "flux":
-        index |= clip(folder, "", 20) | t5(folder, "_2", 24)
-    elif model.name == "sd3":
-        index |= clip(folder, "", 8, pooled=8) | clip(folder, "_2", 12, pooled=12) | t5(folder, "_3", 24)
-    else:
-        index |= t5(folder, "", 24)
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
 
 LENGTHS = {"sd": 77, "sdxl": 77, "pixart": 120, "pixart (sigma)": 300, "sd3": 77 + 256, "flux": 512, "aura-flow": 256}
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_encoders_are_run_once_and_their_answer_is_kept(
-    name: str, open_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, open_tiny: Any, with_encoders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = open_tiny(name)
@@ -111,13 +46,13 @@ def test_encoders_are_run_once_and_their_answer_is_kept(
         assert not torch.equal(first(x_t, 0.5), model.backbone(x_t, 0.5))
 
 
-def test_sdxl_takes_zeros_where_it_was_trained_with_zeros(open_tiny: Any, tmp_path: Path) -> None:
+def test_sdxl_takes_zeros_where_it_was_trained_with_zeros(open_tiny: Any, with_encoders: Any, tmp_path: Path) -> None:
     folder = with_encoders(open_tiny("sdxl"), tmp_path / "model")
     assert not any(value.any() for value in open_backbone(folder).prompt.values())
 
 
 def test_a_folder_without_text_encoders_is_used_with_zeros_said_once(
-    open_tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_tiny: Any, with_encoders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = with_encoders(open_tiny("flux"), tmp_path / "model")
     shutil.rmtree(folder / "text_encoder_2")
@@ -139,7 +74,7 @@ def test_precomputed_prompt_is_taken(open_tiny: Any, tmp_path: Path) -> None:
         open_backbone(tmp_path / "model")
 
 
-def test_broken_text_encoder_says_what_to_do(open_tiny: Any, tmp_path: Path) -> None:
+def test_broken_text_encoder_says_what_to_do(open_tiny: Any, with_encoders: Any, tmp_path: Path) -> None:
     folder = with_encoders(open_tiny("sd"), tmp_path / "model")
     (folder / "text_encoder" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=r"cannot be run.*null_prompt\.safetensors"):

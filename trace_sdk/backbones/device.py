@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from trace_sdk.errors import ArgumentError, DeviceError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Placed(nn.Module):
+    """A module that says where and in what it computes: as its first weight."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
 
 
 def torch_device(name: str) -> torch.device:

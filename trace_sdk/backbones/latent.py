@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.backbone import OnAttention
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
-from trace_sdk.backbones.device import torch_dtype
+from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
+from trace_sdk.backbones.quiet import quiet
 from trace_sdk.backbones.tap import SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
 
@@ -34,7 +34,7 @@ TILED_FROM = 1024  # pixels: the VAE reads larger images in tiles
 WEIGHTS = "diffusion_pytorch_model"
 
 
-class LatentBackbone(nn.Module):
+class LatentBackbone(Placed):
     """One family of latent diffusion models; see `Backbone` for what it does.
 
     Class attributes, to be set by the family:
@@ -44,6 +44,10 @@ class LatentBackbone(nn.Module):
         vaes: diffusers classes of its VAE.
         self_attention: regular expression for the names of the modules that attend among image tokens.
         image_first: image tokens come before the text's in joint attention, else after them.
+        cross_attention: regular expression for the modules in which the image looks at the text, where these are not
+            those of self-attention.
+        words: tokenizer of the prompt → where the first of its tokens lies among the prompt's `tokens`.
+        drops_padding: the prompt's `tokens` are without the tokenizer's padding.
         no_graph: why a student of it cannot be exported; empty if it can.
     """
 
@@ -53,6 +57,10 @@ class LatentBackbone(nn.Module):
     vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
     self_attention: ClassVar[str]
     image_first: ClassVar[bool] = False
+    cross_attention: ClassVar[str | None] = None
+    words: ClassVar[dict[str, int]] = {"tokenizer": 0}
+    drops_padding: ClassVar[bool] = False
+    offloaded = False  # the denoiser's weights come to the device layer by layer
     no_graph: ClassVar[str] = ""
     denoiser: Any
     vae: Any
@@ -123,6 +131,7 @@ class LatentBackbone(nn.Module):
         failure = None
         try:
             if offload:
+                backbone.offloaded = True
                 backbone.vae.to(device)
                 for buffer in backbone.buffers(recurse=False):
                     buffer.data = buffer.data.to(device)
@@ -211,11 +220,6 @@ class LatentBackbone(nn.Module):
         return found
 
     @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = next(self.denoiser.parameters()).dtype
-        return found
-
-    @property
     def prompt(self) -> Prompt:
         """The null prompt's embeddings, batch of 1, by name."""
         return {name: getattr(self, f"prompt_{name}") for name in self._prompt_names}
@@ -257,6 +261,14 @@ class LatentBackbone(nn.Module):
         count = grid[0] * grid[1]
         return slice(0, count) if self.image_first else slice(queries - count, queries), grid
 
+    def text_tokens(self, image: int, text: int, keys: int) -> slice | None:
+        """Where the text's tokens lie among the keys of a call by so many image tokens; None if they aren't there."""
+        if self.cross_attention:
+            return slice(0, text)
+        if keys < image + text:
+            return None
+        return slice(image, image + text) if self.image_first else slice(keys - image - text, keys - image)
+
     def forward(
         self,
         x_t: Tensor,
@@ -264,12 +276,16 @@ class LatentBackbone(nn.Module):
         on_attention: OnAttention | None = None,
         *,
         share_softmax: bool = False,
+        prompt: Prompt | None = None,
     ) -> Tensor:
+        """As `Backbone` says, with the null prompt unless another one's embeddings, batch of 1, are given."""
         batch, (height, width) = x_t.shape[0], x_t.shape[-2:]
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
-        prompt = {
-            name: (value.to(self.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
-            for name, value in self.prompt.items()
+        given = {
+            name: value.to(x_t.device, self.dtype if value.is_floating_point() else value.dtype).expand(
+                batch, *value.shape[1:]
+            )
+            for name, value in (prompt or self.prompt).items()
         }
         tap: AbstractContextManager[object] = nullcontext()
         if on_attention is not None:
@@ -280,7 +296,7 @@ class LatentBackbone(nn.Module):
                 share_softmax=share_softmax,
             )
         with tap:
-            return self.denoise(x_t.to(self.dtype), times, prompt).float()
+            return self.denoise(x_t.to(self.dtype), times, given).float()
 
     def _check_size(self, height: int, width: int) -> None:
         step, least = self.multiple_of, self.min_size
@@ -335,19 +351,15 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype, *, unused: st
     Raises CheckpointError, also if weights are missing, except those whose names start with `unused`.
     """
     variant = next((v for v in (None, "fp16", "bf16") if has_variant(folder, v)), None)
-    says = logging.getLogger("diffusers.models.modeling_utils")
-    level = says.level
     try:
-        says.setLevel(logging.ERROR)  # it would only warn of missing weights, and go on with random ones
-        model, found = architecture.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
-        )
+        with quiet():  # it would only warn of missing weights, and go on with random ones
+            model, found = architecture.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
         raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
-    finally:
-        says.setLevel(level)
     missing = [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download it again.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
+from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import SelfAttention, SelfAttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
@@ -28,7 +29,7 @@ SMALL = {"num_single_layers": 8, "num_attention_heads": 4}
 BASE = {"num_single_layers": 12, "num_attention_heads": 6}
 
 
-class PixelBackbone(nn.Module):
+class PixelBackbone(Placed):
     """A pixel-space denoiser seen as "image, timestep → attention".
 
     Images are float [B, 3, H, W] in [−1, 1], RGB, H and W multiples of 8 from 64. Timesteps are t in [0, 1]:
@@ -127,16 +128,6 @@ class PixelBackbone(nn.Module):
     def total_heads(self) -> int:
         """Heads of all blocks together."""
         return self.heads * self.self_attention_blocks
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
 
     def as_graph(self) -> AbstractContextManager[None]:
         """It is a graph for any size as it is."""

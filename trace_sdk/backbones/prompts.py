@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.backbones.checkpoint import refuse_pickle
-from trace_sdk.errors import CheckpointError, OutputError
+from trace_sdk.backbones.quiet import quiet
+from trace_sdk.errors import CheckpointError, OutOfMemoryError, OutputError
 
 if TYPE_CHECKING:
     from trace_sdk.backbones.latent import LatentBackbone
@@ -36,18 +38,14 @@ def null_prompt(
 
     Raises:
         CheckpointError: a file is corrupt or pickled, or the text encoders cannot be run.
+        OutOfMemoryError: the text encoders don't fit.
     """
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
         return _read(precomputed)
     index = json.loads((folder / "model_index.json").read_text())
-    missing = [name for name in text_parts(index) if not (folder / name).is_dir()]
-    if missing or not text_parts(index):
-        log.warning(
-            "%s has no %s: zeros take the place of the null prompt's embeddings.",
-            folder,
-            " and no ".join(missing) or "text encoder",
-        )
+    if missing := missing_text_parts(folder, index):
+        log.warning("%s has no %s: zeros take the place of the null prompt's embeddings.", folder, missing)
         return family.zero_prompt(config)
     cached = cache_folder() / f"{_key(folder, index, dtype)}.safetensors"
     if cached.is_file():
@@ -67,8 +65,17 @@ def encode(
     prompt: str,
     device: torch.device,
     dtype: torch.dtype,
+    prepare: Callable[[Any], None] = lambda pipeline: None,
 ) -> Prompt:
-    """Embeddings of a prompt, on the CPU. T5 overflows in fp16, so half precision is bf16 here."""
+    """Embeddings of a prompt, on the CPU. T5 overflows in fp16, so half precision is bf16 here.
+
+    Args:
+        prepare: is shown the pipeline, which holds text encoders and tokenizers only, before they are run.
+
+    Raises:
+        CheckpointError: a text encoder is pickled or cannot be run.
+        OutOfMemoryError: the text encoders don't fit.
+    """
     import diffusers
 
     names = text_parts(index)
@@ -77,19 +84,28 @@ def encode(
             refuse_pickle(folder / name)
     absent = {name: None for name, kind in index.items() if isinstance(kind, list) and name not in names}
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    full = False
     try:
-        pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **absent
-        )
+        with quiet():
+            pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, **absent
+            )
+        pipeline.to(device)
+        prepare(pipeline)
         with torch.inference_mode():
-            found = family.encode_prompt(pipeline.to(device), prompt)
+            found = family.encode_prompt(pipeline, prompt)
     except torch.OutOfMemoryError:
-        raise
+        full = True
     except Exception as error:  # transformers raises many kinds, one meaning
         raise CheckpointError(
             f"The text encoders in {folder} cannot be run: {error}. Mend them, or put the null prompt's embeddings "
             f"into {PRECOMPUTED} there."
         ) from error
+    if full:
+        raise OutOfMemoryError(
+            f"The text encoders in {folder} need more than {device} has free. Give --offload, which runs them on the "
+            f"CPU, or --precision bf16, or put the null prompt's embeddings into {PRECOMPUTED} there."
+        )
     return {name: value.detach().clone().contiguous().cpu() for name, value in found.items()}
 
 
@@ -100,6 +116,12 @@ def text_parts(index: dict[str, Any]) -> list[str]:
         for name, kind in index.items()
         if name.startswith(("text_encoder", "tokenizer")) and isinstance(kind, list) and kind[0] is not None
     ]
+
+
+def missing_text_parts(folder: Path, index: dict[str, Any]) -> str:
+    """What a folder lacks to embed a prompt, for a message; "" if nothing."""
+    parts = text_parts(index)
+    return " and no ".join(name for name in parts if not (folder / name).is_dir()) if parts else "text encoder"
 
 
 def cache_folder() -> Path:

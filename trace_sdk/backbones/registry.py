@@ -16,7 +16,8 @@ from trace_sdk.backbones.hub import fetch, is_hub_id
 from trace_sdk.backbones.latent import LatentBackbone, read_config
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.vision_transformer import MODEL_TYPES, VisionTransformer
-from trace_sdk.errors import CheckpointError
+from trace_sdk.backbones.words import WordedPrompt, read_words
+from trace_sdk.errors import ArgumentError, CheckpointError
 
 
 def families() -> dict[str, type[LatentBackbone]]:
@@ -49,17 +50,12 @@ def open_backbone(
     """
     device = torch_device(str(device))
     torch_dtype(precision)  # a wrong name is said before gigabytes are read
-    folder = Path(source)
-    if not folder.exists() and is_hub_id(str(source)):
-        folder = fetch(str(source), lambda index, config: family_of(index, config, str(source)).part)
-    if not folder.is_dir():
-        raise CheckpointError(f"{source} is no folder, and no hub id like owner/name either.")
+    folder = folder_of(source)
     if not (folder / "model_index.json").is_file():
+        if (folder.absolute().parent / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is one part of a pipeline. Give the folder that it lies in.")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is no diffusers folder: it has neither model_index.json (a pipeline) nor config.json (a "
-                "pixel backbone, as `trace-sdk pretrain` writes it, or DINOv2)."
-            )
+            raise CheckpointError(no_folder(folder))
         if read_config(folder, ".").get("model_type") in MODEL_TYPES:
             return VisionTransformer.load(folder).to(device)
         return PixelBackbone.load(folder).to(device)
@@ -68,6 +64,64 @@ def open_backbone(
     if "vae" not in index or not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder} has no vae/, without which no image becomes latents. Add the model's own VAE.")
     return family.load(folder, device=device, precision=precision, offload=offload)
+
+
+def open_prompt(
+    source: str | Path,
+    text: str,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    offload: bool = False,
+) -> WordedPrompt:
+    """Embed a prompt by the text encoders of a diffusers folder or hub id, which leave the memory again.
+
+    Open it before the backbone: on a GPU the two then need not fit side by side.
+
+    Args:
+        text: the prompt; runs of white space count as one space.
+        device, precision, offload: as for `open_backbone`; with `offload` the text encoders run on the CPU.
+
+    Raises:
+        ArgumentError: the prompt is empty, or the model takes no text.
+        CheckpointError: the folder has no text encoder or tokenizer, or they cannot be run.
+        DownloadError, DeviceError: as `open_backbone`.
+    """
+    device, dtype = torch_device(str(device)), torch_dtype(precision)
+    folder = folder_of(source)
+    if not (folder / "model_index.json").is_file():
+        raise ArgumentError(f"{source} takes no text, so there are no words to read (--prompt).")
+    index = read_config(folder, ".", "model_index.json")
+    family = family_of(index, lambda part: read_config(folder, part), str(folder))
+    return read_words(family, folder, index, text, torch.device("cpu") if offload else device, dtype)
+
+
+def folder_of(source: str | Path) -> Path:
+    """A model's folder, downloaded first if it is a hub id. Raises CheckpointError or DownloadError."""
+    folder = Path(source)
+    if not folder.exists() and is_hub_id(str(source)):
+        folder = fetch(str(source), lambda index, config: family_of(index, config, str(source)).part)
+    if not folder.is_dir():
+        raise CheckpointError(no_folder(folder))
+    return folder
+
+
+def no_folder(source: Path) -> str:
+    """Why this is no model's folder, and what to do."""
+    files = [source] if source.is_file() else sorted(source.glob("*"))
+    checkpoint = next((file for file in files if file.suffix in (".safetensors", ".ckpt")), None)
+    if checkpoint:
+        return (
+            f"{checkpoint} is a checkpoint of one file, not a diffusers folder. Turn it into one: in Python, "
+            f"diffusers.StableDiffusionPipeline.from_single_file({str(checkpoint)!r}).save_pretrained('FOLDER'), or "
+            "its own model's pipeline."
+        )
+    if not source.is_dir():
+        return f"{source} is no folder, and no hub id like owner/name either."
+    return (
+        f"{source} is no diffusers folder: it has neither model_index.json (a pipeline) nor config.json (a pixel "
+        "backbone, as `trace-sdk pretrain` writes it, or DINOv2)."
+    )
 
 
 def family_of(index: dict[str, Any], config: Any, source: str) -> type[LatentBackbone]:

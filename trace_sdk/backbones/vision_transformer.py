@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trace_sdk.backbones.backbone import OnAttention
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
@@ -19,7 +20,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, i
 LEAST_TOKENS = 8
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Placed):
     """DINOv2 as transformers stores it. Read with `TeacherSettings(timesteps=(0.0,))`, or `label -t 0`."""
 
     family = "dinov2"
@@ -47,16 +48,6 @@ class VisionTransformer(nn.Module):
         except Exception as error:  # transformers and safetensors raise many kinds, one meaning
             raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
         return cls(model.eval().requires_grad_(False), sha256_of_folder(folder))
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels → (H, W) in tokens."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,10 @@ import PIL.Image
 
 from trace_sdk.benchmarking.report import SECONDS, Report, Row
 from trace_sdk.detector import EdgeDetector
+from trace_sdk.engines.providers import CUDA, TENSORRT
+from trace_sdk.engines.tensorrt import PACKAGES
 from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.machine import gpus
 
 COLD_STARTS = 5
 BATCHES = (1, 2, 4, 8)
@@ -34,9 +37,11 @@ _NEEDS = {
     "Canny (scikit-image)": ("skimage", "pip install 'trace-sdk[evaluate]'"),
     "Canny (OpenCV)": ("cv2", "pip install opencv-python-headless"),
 }
-_NOT_HERE = {
-    "structured forests": "model file not available",
-    "teacher": "is no engine; needs torch",
+FORESTS, TEACHER = "structured forests", "teacher"
+# Baselines that need a file each, and how to name it.
+_ASKED_FOR = {
+    FORESTS: "--structured-forests MODEL.yml.gz, and pip install opencv-contrib-python-headless",
+    TEACHER: "--teacher BACKBONE, and pip install 'trace-sdk[train]'",
 }
 
 
@@ -48,17 +53,19 @@ def benchmark(
     runs: int = 40,
     rounds: int = 3,
     batches: Sequence[int] = BATCHES,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Measure engines on each device found here, and the baselines that are installed.
 
     Args:
-        engines: bundled names or paths.
+        engines: bundled names or paths; a student's folder runs in torch.
         photos: files, taken in turn; none: one drawn JPEG of 768x512.
         size: longest side that the networks see, pixels; None: each engine's default.
         runs: single answers in a round, after 3 that don't count; a slow method gets fewer, what fits 20 s.
         rounds: how often all of it is repeated.
         batches: sizes for the throughput of `EdgeDetector.stream`.
+        files: of the baselines that need one, FORESTS (OpenCV's model) and TEACHER (a backbone's folder or hub id).
         on_step: told the method's name after each of `steps(...)`.
 
     Raises:
@@ -66,27 +73,30 @@ def benchmark(
         ArgumentError: no engine, the same one twice, or a number below 1.
     """
     _check(engines, runs, rounds, batches)
-    with _files(photos) as files:
-        changes, known = _answers_checked(engines, files[0], size)
+    with _files(photos) as pictures:
+        changes, known = _answers_checked(engines, pictures[0], size)
         tasks: dict[str, dict[str, Any]] = {}
         for engine, label in _labels(known).items():
-            for device in devices(engine):
-                tasks[f"{label} on {device}"] = {"engine": engine, "device": device, "size": size}
+            for device, runtime in ways(engine):
+                shown = device if runtime in ("auto", "torch") else f"{device} ({runtime})"
+                tasks[f"{label} on {shown}"] = {"engine": engine, "device": device, "runtime": runtime, "size": size}
         tasks |= {name: {"baseline": name} for name in installed_baselines()}
+        tasks |= {name: {"baseline": name, "file": os.fspath(file)} for name, file in (files or {}).items()}
         missing = {name: f"not installed: {line}" for name, (module, line) in _NEEDS.items() if not find_spec(module)}
-        report = Report(runs=runs, rounds=rounds, photos=len(files), missing={**missing, **_NOT_HERE})
+        report = Report(runs=runs, rounds=rounds, photos=len(pictures), missing=missing)
+        report.missing |= {name: how for name, how in _ASKED_FOR.items() if name not in (files or {})}
         outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
         cold: dict[str, list[dict[str, float]]] = {name: [] for name in tasks}
         for _ in range(COLD_STARTS):
             for name, task in tasks.items():
                 if name not in report.missing:
-                    _keep(cold[name], report, name, _cold_start(task, files))
+                    _keep(cold[name], report, name, _cold_start(task, pictures))
                 on_step(name)
         for _ in range(rounds):
             for name, task in tasks.items():
                 if name not in report.missing:
                     warm = {"cold": False, "runs": runs, "seconds": SECONDS, "batches": list(batches)}
-                    _keep(outcomes[name], report, name, _in_a_process({**task, **warm, "photos": files}))
+                    _keep(outcomes[name], report, name, _in_a_process({**task, **warm, "photos": pictures}))
                 on_step(name)
     for name, task in tasks.items():
         if name not in report.missing:
@@ -96,23 +106,32 @@ def benchmark(
     return report
 
 
-def steps(engines: int, rounds: int) -> int:
+def steps(engines: Sequence[str | os.PathLike[str]], rounds: int, files: int = 0) -> int:
     """How often `benchmark` calls `on_step`."""
-    return (engines * len(devices()) + len(installed_baselines())) * (COLD_STARTS + rounds)
+    methods = sum(len(ways(engine)) for engine in engines) + len(installed_baselines()) + files
+    return methods * (COLD_STARTS + rounds)
 
 
-def devices(engine: str | os.PathLike[str] = "") -> list[str]:
-    """The devices that onnxruntime says it has; a device that does not start is reported as not measured.
+def ways(engine: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """(device, runtime) of every way to run an engine that is installed here.
 
-    A TensorRT `engine` file has one.
+    Packages say what they could; what then does not start is reported as not measured.
     """
     if Path(engine).suffix == ".engine":
-        return ["cuda"]
+        return [("cuda", "auto")]
+    if Path(engine).is_dir():
+        return [("auto", "torch")]
     import onnxruntime
 
-    from trace_sdk.engines.providers import CUDA
-
-    return ["cpu", *(["cuda"] if CUDA in onnxruntime.get_available_providers() else [])]
+    available = onnxruntime.get_available_providers()
+    found = [("cpu", "auto")]
+    if CUDA in available:
+        found.append(("cuda", "auto"))
+    if TENSORRT in available:
+        found.append(("cuda", "onnxruntime-tensorrt"))
+    if gpus():
+        found += [("cuda", name) for name, (modules, _) in PACKAGES.items() if any(map(find_spec, modules))]
+    return found
 
 
 def installed_baselines() -> list[str]:
@@ -134,7 +153,7 @@ def _answers_checked(
     """Each engine → mean difference of its probability from the first one's, and its info. Speed comes after."""
     changes, known, first = {}, {}, None
     for engine in engines:
-        edges = EdgeDetector(engine, device=devices(engine)[0], size=size).run(photo)
+        edges = EdgeDetector(engine, device=ways(engine)[0][0], size=size).run(photo)
         first = edges if first is None else first
         changes[os.fspath(engine)] = float(np.abs(edges.probability - first.probability).mean())
         known[os.fspath(engine)] = edges.info

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.errors import MissingExtraError
-from trace_sdk.machine import commit, hardware, versions
+from trace_sdk.machine import commit, gpus, hardware, versions
 
 SECONDS = 20  # after which a round of single answers ends, once it has five
 REPEATABLE = 0.05  # by how much the rounds' medians may differ
@@ -29,6 +29,9 @@ _LIBRARIES = (
     "pillow",
     "onnxruntime",
     "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt_rtx_cu13_libs",
+    "torch",
     "scikit-image",
     "opencv-python",
     "opencv-python-headless",
@@ -117,6 +120,7 @@ class Report:
             "trace_sdk": __version__,
             "commit": commit(),
             "hardware": hardware(),
+            "gpus": "; ".join(gpus()) or "none",
             "versions": versions(_LIBRARIES),
             "command": shlex.join(sys.argv),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

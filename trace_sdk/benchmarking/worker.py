@@ -94,7 +94,8 @@ _Opened = tuple[
 def _opened(task: dict[str, Any]) -> _Opened:
     """One answer, a stream of them (None: it has no batches), and what is known about it."""
     if "baseline" in task:
-        edges, about = BASELINES[task["baseline"]]()
+        made = BASELINES[task["baseline"]]
+        edges, about = made(task["file"]) if "file" in task else made()
 
         def baseline(photo: Any) -> Timings:
             from trace_sdk.images import read_image
@@ -109,7 +110,7 @@ def _opened(task: dict[str, Any]) -> _Opened:
 
     from trace_sdk.detector import EdgeDetector
 
-    detector = EdgeDetector(task["engine"], device=task["device"], size=task["size"])
+    detector = EdgeDetector(task["engine"], device=task["device"], size=task["size"], runtime=task["runtime"])
     last: dict[str, Any] = {}
 
     def engine(photo: Any) -> Timings:
@@ -140,9 +141,37 @@ def _opencv_canny() -> tuple[Callable[[Any], Any], dict[str, Any]]:
     return edges, {"device": "cpu", "threads": cv2.getNumThreads(), "what": "one pair of thresholds, full size"}
 
 
-BASELINES: dict[str, Callable[[], tuple[Callable[[Any], Any], dict[str, Any]]]] = {
+def _structured_forests(file: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """Dollár and Zitnick, ICCV 2013, as OpenCV's contributed modules have it; `file` is its trained model."""
+    import cv2
+
+    from trace_sdk.errors import ArgumentError, MissingExtraError
+
+    if not hasattr(cv2, "ximgproc"):
+        raise MissingExtraError("this OpenCV has no ximgproc. Run: pip install opencv-contrib-python-headless")
+    try:
+        detector = cv2.ximgproc.createStructuredEdgeDetection(file)
+    except cv2.error as error:
+        raise ArgumentError(f"{file}: OpenCV cannot read it ({error.err}).") from error
+    return lambda rgb: detector.detectEdges(rgb.astype("float32") / 255), {"device": "cpu", "what": "full size"}
+
+
+def _teacher(backbone: str) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    import torch
+
+    from trace_sdk.backbones.registry import open_backbone
+    from trace_sdk.teacher.teacher import Teacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = Teacher(open_backbone(backbone, device=device))
+    return teacher.annotate, {"device": device, "threads": torch.get_num_threads(), "what": "IEP and ABDiv"}
+
+
+BASELINES: dict[str, Callable[..., tuple[Callable[[Any], Any], dict[str, Any]]]] = {
     "Canny (scikit-image)": _skimage_canny,
     "Canny (OpenCV)": _opencv_canny,
+    "structured forests": _structured_forests,
+    "teacher": _teacher,
 }
 
 

@@ -32,6 +32,14 @@ from trace_sdk.cli.console import output, progress
     multiple=True,
     help="For throughput; repeatable.  [default: 1 2 4 8]",
 )
+@click.option("--teacher", metavar="BACKBONE", help="Also time the teacher on this backbone (needs torch).")
+@click.option(
+    "--structured-forests",
+    "forests",
+    metavar="MODEL",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Also time structured forests, with this model of OpenCV's (model.yml.gz).",
+)
 def command(
     engines: tuple[str, ...],
     out: Path | None,
@@ -41,12 +49,14 @@ def command(
     runs: int,
     rounds: int,
     batches: tuple[int, ...],
+    teacher: str | None,
+    forests: str | None,
 ) -> None:
-    """Measure ENGINE..., files or bundled names (by default all of them), on every device found here.
+    """Measure ENGINE..., files, students or bundled names (by default all bundled), on every device and runtime found.
 
     Latency from the photo's bytes to edges of its size (p50, p90, p99, and the stages), cold start in fresh
-    processes, throughput by batch size and peak memory; Canny beside it. All of it is done in several rounds, and
-    the last line says whether they agree within 5 %.
+    processes, throughput by batch size and peak memory; Canny beside it, and the teacher on request. All of it is
+    done in several rounds, and the last line says whether they agree within 5 %.
 
     \b
     Examples:
@@ -56,7 +66,7 @@ def command(
     Engines are checked and run once before anything is timed; `change` is how far their edges are from the first
     engine's. Containers' limits hold: threads are what the control group and the affinity allow.
     """
-    from trace_sdk.benchmarking.measure import BATCHES, benchmark, steps
+    from trace_sdk.benchmarking.measure import BATCHES, FORESTS, TEACHER, benchmark, steps
     from trace_sdk.benchmarking.report import need_matplotlib
     from trace_sdk.engines import BUNDLED
 
@@ -65,7 +75,8 @@ def command(
     if plot:
         need_matplotlib()
     engines = engines or BUNDLED
-    with progress("benchmark", total=steps(len(engines), rounds)) as advance:
+    given = {name: file for name, file in ((FORESTS, forests), (TEACHER, teacher)) if file is not None}
+    with progress("benchmark", total=steps(engines, rounds, len(given))) as advance:
         report = benchmark(
             engines,
             photos,
@@ -73,6 +84,7 @@ def command(
             runs=runs,
             rounds=rounds,
             batches=batches or BATCHES,
+            files=given,
             on_step=lambda name: advance(note=name),
         )
     for table in report.to_tables():

@@ -17,7 +17,7 @@ def command() -> None:
 
 @command.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--engine", help="An .onnx engine, or the name of a bundled one.  [default: trace-small]")
+@click.option("--engine", help="An .onnx or TensorRT .engine file, or a bundled name.  [default: trace-small]")
 @click.option("--max-batch", default=8, show_default=True, help="The most photos that go through the engine together.")
 @click.option(
     "--buckets",
@@ -33,13 +33,15 @@ def command() -> None:
     help="Without --buckets, what the server answers: probabilities, or uint8, 255 times that.",
 )
 def triton(folder: Path, engine: str | None, max_batch: int, buckets: str | None, answers: str) -> None:
-    """Write a model repository for the Triton Inference Server (onnxruntime backend) into DIR.
+    """Write a model repository for the Triton Inference Server into DIR: for its onnxruntime backend, or, of a TensorRT
+    .engine file, for its TensorRT backend.
 
     \b
     Examples:
       trace-sdk deploy triton models/
       trace-sdk deploy triton models/ --output uint8
       trace-sdk deploy triton models/ --engine mine.onnx --buckets 256,352,448
+      trace-sdk deploy triton models/ --engine mine.engine --buckets 256,352,448
       tritonserver --model-repository=models/
 
     Clients send RGB photos of any size and get edges at that size: scaling is in the graph. Requests of one shape are

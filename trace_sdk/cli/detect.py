@@ -74,10 +74,11 @@ def command(
       trace-sdk detect big.tif -o edges/ --size 2048     finer edges of a large picture
       trace-sdk detect street.jpg -o out/ --format npy   float32 array for numpy.load
       trace-sdk detect clip.mp4 -o out/ --overlay        a video, with instances that keep their colour
+      trace-sdk detect camera:0 -o out/ --overlay        the first camera, until Ctrl-C
 
     A video that you name (mp4, mov, mkv, avi, webm) gives OUT/NAME.edges.mp4, with --overlay OUT/NAME.overlay.mp4, and
     OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame to frame; pip install
-    'trace-sdk[video]'.
+    'trace-sdk[video]'. So does a camera, camera:0 or just 0 (NAME is camera-0), until it is interrupted.
 
     A file that cannot be read is reported and the others are still done. Two photos that would share one
     name (a.jpg and a.png) keep their suffix: a.jpg.edges.png. In folders, files that are no photos by their
@@ -91,7 +92,9 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; finished files are whole, run it again to go on
     """
-    videos = [name for name in photos if Path(name).suffix.lower() in _VIDEO_SUFFIXES]
+    videos = [
+        name for name in photos if Path(name).suffix.lower() in _VIDEO_SUFFIXES or camera_number(name) is not None
+    ]
     pictures = [name for name in photos if name not in videos]
     jobs = find_photos(pictures, out) if pictures or not videos else []
 
@@ -99,7 +102,7 @@ def command(
 
     start = time.perf_counter()
     detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets), runtime=runtime)
-    failed = sum(not _detect_video(detector, Path(name), out, overlay) for name in videos)
+    failed = sum(not _detect_video(detector, name, out, overlay) for name in videos)
     if not jobs:
         if failed:
             raise click.exceptions.Exit(FAILED)
@@ -133,31 +136,42 @@ def command(
         raise click.exceptions.Exit(FAILED)
 
 
-def _detect_video(detector: EdgeDetector, video: Path, out: Path, overlay: bool) -> bool:
+def _detect_video(detector: EdgeDetector, source: str, out: Path, overlay: bool) -> bool:
     """False where it failed, which is said."""
-    from trace_sdk.video import detect_video, frame_count
+    from trace_sdk.video import detect_video, open_camera, open_video
 
+    number = camera_number(source)
+    stem = out / (Path(source).stem if number is None else f"camera-{number}")
     try:
-        with progress(video.name, total=frame_count(video)) as advance:
-            stem = out / video.stem
-            result = detect_video(
-                detector,
-                video,
-                stem,
-                overlay=overlay,
-                on_frame=lambda done, speed: advance(note=f"{speed:.1f} frames/s"),
-            )
+        with open_video(Path(source)) if number is None else open_camera(number) as clip:
+            if clip.live:
+                errors.print(f"Watching {clip.name}; Ctrl-C ends it.")
+            with progress(clip.name, total=clip.count) as advance:
+                result = detect_video(
+                    detector,
+                    clip,
+                    stem,
+                    overlay=overlay,
+                    on_frame=lambda done, speed: advance(note=f"{speed:.1f} frames/s"),
+                )
     except InputError as error:
         say_error(error)
         return False
     output.print(
-        f"{video}: {result.frames} frames of {result.rate:.3g}/s → {stem}.edges.mp4, {result.numbers} instances "
+        f"{clip.name}: {result.frames} frames of {result.rate:.3g}/s → {stem}.edges.mp4, {result.numbers} instances "
         f"followed in {stem}.frames.jsonl: {result.speed:.1f} frames/s, total {result.seconds:.1f} s "
         f"({detector.info['engine']} on {detector.info['device']}, size {detector.size})",
         markup=False,
         soft_wrap=True,
     )
     return True
+
+
+def camera_number(source: str) -> int | None:
+    """The number in camera:0, or of a device given as a plain number; None for a file."""
+    prefix, colon, number = source.rpartition(":")
+    named = prefix == "camera" or not (colon or Path(source).exists())
+    return int(number) if named and number.isascii() and number.isdigit() else None
 
 
 def _summary(milliseconds: list[float], failed: int, seconds: float, out: Path, info: dict[str, object]) -> str:

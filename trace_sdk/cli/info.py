@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from trace_sdk.cli.console import output
@@ -62,7 +63,7 @@ def command(engine: str | None, device: str, as_json: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key, _shown(key, value))
+        table.add_row(key, escape(_shown(key, value)))
     output.print(table)
 
 

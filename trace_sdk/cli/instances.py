@@ -12,7 +12,7 @@ import click
 
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
-from trace_sdk.cli.options import engine_options
+from trace_sdk.cli.options import cut_options, engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import find_photos, read_photo
 from trace_sdk.errors import InputError
@@ -23,16 +23,7 @@ from trace_sdk.errors import InputError
 @click.option(
     "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
 )
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    help="From fine (0) to coarse (1): how strong a border must be on average.  [default: the engine's own]",
-)
-@click.option(
-    "--min-area",
-    type=click.IntRange(min=0),
-    help="Smaller regions, in pixels, join a neighbour.  [default: 3 in 10,000 of the picture]",
-)
+@cut_options
 @engine_options
 def command(
     photos: tuple[str, ...],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
+from trace_sdk.cli.console import FAILED, errors, output, progress, say_error, status
 from trace_sdk.cli.options import torch_device_option
 
 
@@ -110,6 +110,13 @@ from trace_sdk.cli.options import torch_device_option
     help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels; and t-star.png, how often "
     "each t* was found in the folder.",
 )
+@click.option(
+    "--prompt",
+    help="With --plot: also where the image looks at the words of this text, at the same t.",
+)
+@click.option(
+    "--word", "words", multiple=True, help="Only this word or phrase of --prompt; repeatable.  [default: all]"
+)
 @torch_device_option
 def command(
     images: tuple[str, ...],
@@ -134,6 +141,8 @@ def command(
     batch: int,
     retry_failed: bool,
     plots: bool,
+    prompt: str | None,
+    words: tuple[str, ...],
     device: str,
 ) -> None:
     """Find instance edges in IMAGES without any annotation.
@@ -154,6 +163,7 @@ def command(
 
     \b
       trace-sdk label cars.jpg --backbone runs/backbone -o runs/look --plot
+      trace-sdk label pets.jpg --backbone models/sd15 -o runs/look --plot --prompt "a dog and a cat" --word dog
       trace-sdk label photos/ --backbone runs/backbone -o runs/labels
       trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student
 
@@ -169,11 +179,13 @@ def command(
       2    wrong usage
       130  interrupted; run it again to go on
     """
-    from trace_sdk.backbones.registry import open_backbone
+    if (prompt and not plots) or (words and not prompt):
+        raise click.UsageError("--word picks from --prompt, and --prompt is for the pictures of --plot.")
+    from trace_sdk.backbones.registry import open_backbone, open_prompt
     from trace_sdk.labelling.images import find_images
     from trace_sdk.labelling.label import LabelJob
     from trace_sdk.teacher.labels import load_label
-    from trace_sdk.teacher.plot import plot_t_star
+    from trace_sdk.teacher.plot import Words, plot_t_star
     from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
     settings = TeacherSettings(
@@ -194,9 +206,18 @@ def command(
     )
     settings.check()
     found = find_images(images)[:limit]
-    opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
+    shown = None
+    with status("label") as note:
+        if prompt:
+            note("reading the prompt")
+            shown = Words(open_prompt(backbone, prompt, device=device, precision=precision, offload=offload), words)
+            shown.check()
+        note("opening the backbone")
+        opened = open_backbone(backbone, device=device, precision=precision, offload=offload)
     teacher = Teacher(opened, settings)
-    job = LabelJob(teacher, found, out, opened.identity, batch=batch, retry_failed=retry_failed, plots=plots)
+    job = LabelJob(
+        teacher, found, out, opened.identity, batch=batch, retry_failed=retry_failed, plots=plots, words=shown
+    )
     start = time.perf_counter()
     with progress("label", total=len(found), done=job.before, unit="images") as advance:
 

@@ -29,6 +29,24 @@ def engine_options(command: Command) -> Command:
     return command
 
 
+def cut_options(command: Command) -> Command:
+    """`threshold` and `min_area`, as EdgeMap.instances takes them."""
+    for option in (
+        click.option(
+            "--min-area",
+            type=click.IntRange(min=0),
+            help="Smaller regions, in pixels, join a neighbour.  [default: 3 in 10,000 of the picture]",
+        ),
+        click.option(
+            "--threshold",
+            type=click.FloatRange(0, 1),
+            help="From fine (0) to coarse (1): how strong a border must be on average.  [default: the engine's own]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def torch_device_option(command: Command) -> Command:
     """`device`, as `torch_device` takes it."""
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)

@@ -10,7 +10,7 @@ import click
 
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, output, progress, say_error
-from trace_sdk.cli.options import engine_options
+from trace_sdk.cli.options import cut_options, engine_options
 from trace_sdk.cli.photos import find_photos
 from trace_sdk.errors import InputError
 
@@ -30,8 +30,7 @@ from trace_sdk.errors import InputError
 )
 @click.option("--points", type=click.IntRange(min=1), default=1, show_default=True, help="Of each instance.")
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.0, help="Leave out instances below this score.")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="From fine (0) to coarse (1).  [default: the engine's]")
-@click.option("--min-area", type=click.IntRange(min=0), help="Smaller regions, in pixels, join a neighbour.")
+@cut_options
 @engine_options
 def command(
     photos: tuple[str, ...],

@@ -67,8 +67,9 @@ def command(
 ) -> None:
     """Make masks of other methods agree with the edges of their photos.
 
-    Neighbours in one mask are split, gaps and holes closed, what spills over an edge is cut off, masks of one thing
-    merged (Background-Guided Propagation). MASKS is what CutLER, U2Seg (lists of results), MaskCut or ProMerge (data
+    Holes and gaps that no edge surrounds are closed, outlines moved to stronger edges nearby, neighbours in one mask
+    split and masks of one thing joined where the edges are clear; what they don't speak against stays as it was
+    (Background-Guided Propagation). MASKS is what CutLER, U2Seg (lists of results), MaskCut or ProMerge (data
     sets) wrote: compressed RLE, plain run lengths or polygons. OUT has the same form, with compressed RLE.
 
     \b
@@ -194,10 +195,12 @@ def _edge_source(
 
 
 def _edge_file(folder: Path, photo: Path) -> Path:
-    for suffix in (".npy", ".png"):
-        if (file := folder / f"{photo.stem}{suffix}").is_file():
-            return file
-    raise DatasetError(f"{folder / photo.stem}.png is missing: --edges needs an edge map of every photo.")
+    from trace_sdk.evaluation.methods import edge_file
+
+    file = edge_file(folder, photo.stem)
+    if file is None:
+        raise DatasetError(f"{folder / photo.stem}.png is missing: --edges needs an edge map of every photo.")
+    return file
 
 
 def _read_edge_map(folder: Path, threshold: float, photo: Path) -> EdgeMap:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.atomic import write_text
+from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.cli.console import output
+from trace_sdk.errors import ArgumentError
 
 
 @click.command("tables", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A Markdown file.  [default: only shown]")
+@click.option("--plot", is_flag=True, help="Also draw figure 10, beside the Markdown file as NAME.figure10.png.")
 @click.option("--ours", default="trace", show_default=True, help="Name of our edges in BASE+EDGES.")
 @click.option("--ablation", default="", metavar="A,B,...", help="Names of the edges of each step, for table 3.")
-def command(results: tuple[Path, ...], out: Path | None, ours: str, ablation: str) -> None:
+def command(results: tuple[Path, ...], out: Path | None, plot: bool, ours: str, ablation: str) -> None:
     """Make the paper's tables from the results of trace-sdk evaluate.
 
     RESULTS are folders; every quality.json in them is read. Name masks BASE and BASE+EDGES when you evaluate them:
@@ -26,7 +28,7 @@ def command(results: tuple[Path, ...], out: Path | None, ours: str, ablation: st
       trace-sdk evaluate coco_val/ --engine trace-small --edges hed=hed/ -o results/edges/
       trace-sdk evaluate coco_val/ --masks cutler=cutler.json --masks cutler+trace=cutler+trace.json \\
           --masks cutler+hed=cutler+hed.json -o results/masks/
-      trace-sdk tables results/ -o tables.md
+      trace-sdk tables results/ -o tables.md --plot
 
     \b
     Tables:
@@ -43,10 +45,15 @@ def command(results: tuple[Path, ...], out: Path | None, ours: str, ablation: st
       1    no result, or one that is malformed or contradicts another
       2    wrong usage
     """
-    from trace_sdk.evaluation.tables import paper_tables, read_results
+    from trace_sdk.evaluation.tables import figure_10, paper_tables, read_results
+
+    if plot and out is None:
+        raise ArgumentError("--plot draws beside the Markdown file. Name it with -o.")
 
     edges, masks = read_results(results)
     text = paper_tables(edges, masks, ours, [step for step in ablation.split(",") if step])
     output.print(text, markup=False, soft_wrap=True)
     if out is not None:
         write_text(out, text)
+        if plot and (picture := figure_10(masks, ours)) is not None:
+            write_bytes(out.with_suffix(".figure10.png"), picture)

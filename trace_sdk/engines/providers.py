@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -103,17 +104,26 @@ def open_tensorrt(
             f"onnxruntime has its TensorRT provider, but TensorRT's libraries are not here. {_TENSORRT_INSTALL}"
         )
     folder = tensorrt_cache(sha256, manifest.precision, version, gpu_name(number))
-    folder.mkdir(parents=True, exist_ok=True)
     others: list[Provider] = [(CUDA, cuda_options(number, graphs=False)), CPU]
-    reason = "asked for"
+    whole_range, reason = profile(manifest, shapes), "asked for"
+
+    def started(ranges: dict[str, list[int]] | None) -> onnxruntime.InferenceSession:
+        folder.mkdir(parents=True, exist_ok=True)
+        return start([(TENSORRT, tensorrt_options(number, folder, sha256, ranges)), *others])
+
+    kept = folder.is_dir() and any(folder.iterdir())
     try:
-        options = tensorrt_options(number, folder, sha256, profile(manifest, shapes))
-        session = start([(TENSORRT, options), *others])
+        session = started(whole_range)
     except EngineError as error:
-        if "shape profiles" not in str(error):
+        if "shape profiles" in str(error):
+            session = started(None)
+            reason = "asked for; built for each new shape, since TensorRT takes this graph in parts"
+        elif kept:  # by a process that was killed while it wrote, perhaps: onnxruntime writes in place
+            shutil.rmtree(folder)
+            session = started(whole_range)
+            reason = f"asked for; built again ({error})"
+        else:
             raise
-        session = start([(TENSORRT, tensorrt_options(number, folder, sha256, None)), *others])
-        reason = "asked for; built for each new shape, since TensorRT takes this graph in parts"
     if session.get_providers()[0] != TENSORRT:
         raise DeviceError(f"onnxruntime has TensorRT but could not start it. {_TENSORRT_INSTALL}")
     return Opened(session, f"cuda:{number}", reason)

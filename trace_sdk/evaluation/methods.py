@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -99,10 +98,6 @@ class EdgeFolder:
         if not self.folder.is_dir():
             raise DatasetError(f"{self.folder} is not a folder. Give the folder with the edge maps of {self.name}.")
 
-    @cached_property
-    def _files(self) -> frozenset[Path]:
-        return frozenset(self.folder.rglob("*"))
-
     def check(self, dataset: Dataset) -> None:
         """Raises DatasetError, at once rather than hours later, when a sample has no edge map."""
         for name in dataset.names:
@@ -124,9 +119,8 @@ class EdgeFolder:
 
     def _find(self, dataset: Dataset, name: str) -> Path:
         for folder in (self.folder / dataset.name, self.folder):
-            for suffix in (".npy", ".png"):
-                if (file := folder / f"{name}{suffix}") in self._files:
-                    return file
+            if (file := edge_file(folder, name)) is not None:
+                return file
         raise DatasetError(
             f"{self.folder / name}.png is missing: {self.name} needs an edge map (.png or .npy) for each "
             f"image of {dataset.name}, in the folder or in its sub-folder {dataset.name}/."
@@ -144,6 +138,11 @@ def check_names(methods: Sequence[Method]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ArgumentError(f"Two methods are called {name!r}. Give each --edges and --engine its own name.")
+
+
+def edge_file(folder: Path, stem: str) -> Path | None:
+    """FOLDER/STEM.npy or .png, in this order; None if neither is there."""
+    return next((file for suffix in (".npy", ".png") if (file := folder / f"{stem}{suffix}").is_file()), None)
 
 
 def read_edges(file: Path) -> NDArray[np.float32]:

@@ -6,12 +6,13 @@ and BASE+OURS; figure 10 is BASE with every kind of edges; table 3 is BASE with 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_sdk.errors import DatasetError
+from trace_sdk.errors import DatasetError, needs_extra
 from trace_sdk.evaluation.report import markdown_table
 
 NOT_MEASURED = "not measured"
@@ -71,6 +72,42 @@ def paper_tables(edges: Scores, masks: Scores, ours: str, ablation: Sequence[str
     lines += ["# Figure 10: other edges in place of ours", ""]
     lines += _by_dataset(masks, lambda named: _by_edges(named, ["", *_edge_names(named, ours)]))
     return "\n".join(lines)
+
+
+def figure_10(masks: Scores, ours: str) -> bytes | None:
+    """PNG: AP of each base without refinement and with every kind of edges, ours darkest; a panel a data set.
+
+    What was not measured has no bar. None if no masks were refined.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with needs_extra("train", "Plots need"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    panels = {dataset: named for dataset, named in masks.items() if _edge_names(named, ours)}
+    if not panels:
+        return None
+    most = max(len(_bases(named)) * (2 + len(_edge_names(named, ours))) for named in panels.values())
+    figure = Figure(figsize=(2 + 0.35 * most, 3.2 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (dataset, named) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        bases, kinds = _bases(named), ["", *_edge_names(named, ours)]
+        for place, kind in enumerate(kinds):
+            values = [named.get(f"{base}+{kind}" if kind else base, {}).get("ap") for base in bases]
+            shown = [(at + place / (len(kinds) + 1), value) for at, value in enumerate(values) if value is not None]
+            colour = "black" if kind == ours else f"{0.85 - 0.5 * place / len(kinds):.2f}"
+            bars = axes.bar([x for x, _ in shown], [y for _, y in shown], 0.9 / (len(kinds) + 1), color=colour)
+            axes.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
+            bars.set_label(kind or "not refined")
+        middle = (len(kinds) - 1) / (len(kinds) + 1) / 2
+        axes.set_xticks([at + middle for at in range(len(bases))], bases)
+        axes.set(title=dataset, ylabel="mask AP", ylim=(0, 1.25 * max(one["ap"] for one in named.values()) or 1))
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 def _by_dataset(scores: Scores, table: Any) -> list[str]:

@@ -101,7 +101,7 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     step = max(1, round(max(probability.shape) / min(seen or WORKING, WORKING)))
     edges = block_maxima(probability, step)
     found = _find_pieces(edges)
-    pairs, lengths, totals = _find_borders(found, edges)
+    pairs, lengths, totals = find_borders(found, edges)
     merges, heights = merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
     areas = np.bincount(found.ravel()).astype(np.float64) * (probability.size / found.size)
     return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
@@ -163,9 +163,10 @@ def _find_pieces(edges: NDArray[np.float32]) -> NDArray[np.int32]:
     return np.asarray(watershed(edges, markers), np.int32) - 1  # type: ignore[no-untyped-call]
 
 
-def _find_borders(
+def find_borders(
     pieces: NDArray[np.int32], edges: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
+    """Neighbouring pieces, pixel pairs along their border and edge probability summed over them, as in `Hierarchy`."""
     pairs, strengths = [], []
     for here, there in (((slice(None, -1),), (slice(1, None),)), ((..., slice(None, -1)), (..., slice(1, None)))):
         apart = pieces[here] != pieces[there]

@@ -22,7 +22,8 @@ from scipy.ndimage import distance_transform_edt, find_objects, label
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.label_sets import LabelSet
-from trace_sdk.instances.propagation import split_masks, without_holes
+from trace_sdk.instances.splitting import split_masks
+from trace_sdk.instances.walk import Regions
 
 FILL = 0.55  # opacity of the colours over the picture
 
@@ -114,7 +115,7 @@ def split_things(
 ) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
     """Segment ids, int32 [H, W], and their `Panoptic.segments`; see the module's head for how."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    regions = enlarge(of_piece[hierarchy.pieces], probability.shape)
+    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
     ids = np.zeros(semantic.shape, np.int32)
     owners: list[tuple[int, bool]] = []
     for value in np.unique(semantic):
@@ -133,12 +134,11 @@ def split_things(
                 continue
             mask = np.zeros(semantic.shape, np.bool_)
             mask[box] = part
-            whole = without_holes(mask[None])
-            fragments = split_masks(probability, hierarchy, of_piece, regions, mask[None], whole)
-            instance_of = np.full(int(regions.max()) + 1, -1, np.int32)
+            fragments = split_masks(probability, regions, mask[None])
+            instance_of = np.full(len(regions.areas), -1, np.int32)
             for fragment in fragments:
                 instance_of[fragment.region] = fragment.instance
-            seeds = np.where(part, instance_of[regions[box]], -1)
+            seeds = np.where(part, instance_of[regions.labels[box]], -1)
             if (seeds < 0).all():
                 seeds[part] = 0
             y, x = distance_transform_edt(seeds < 0, return_distances=False, return_indices=True)

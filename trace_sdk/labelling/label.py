@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trace_sdk.errors import ArgumentError, DeviceError, TraceError
+from trace_sdk.errors import ArgumentError, OutOfMemoryError, TraceError
 from trace_sdk.images import read_image
 from trace_sdk.labelling.claims import STALE_SECONDS, Claims
 from trace_sdk.labelling.images import NamedImage
@@ -35,11 +36,10 @@ from trace_sdk.labelling.states import (
     state,
     write_manifest,
 )
-from trace_sdk.teacher.labels import claim_folder, save_label
-from trace_sdk.teacher.plot import plot
+from trace_sdk.teacher.labels import CLAIMS, claim_folder, save_label
+from trace_sdk.teacher.plot import Words, plot
 from trace_sdk.teacher.teacher import Annotation, Teacher
 
-CLAIMS = ".claims"
 BATCHES_IN_A_SHARD = 4
 WAIT_SECONDS = 1.0  # between two looks at what other processes still hold
 
@@ -95,19 +95,14 @@ def annotate(teacher: Teacher, group: Sequence[Ready], *, halve: bool = True) ->
     """What the teacher says about images of one shape; in two halves where GPU memory does not hold them all.
 
     Raises:
-        DeviceError: it does not hold a half, either.
+        OutOfMemoryError: it does not hold a half, either.
     """
+    middle = len(group) // 2
     try:
         return teacher.annotate_batch([image.prepared for image in group])
-    except torch.OutOfMemoryError:
-        middle = len(group) // 2
-    torch.cuda.empty_cache()
-    if not (halve and middle):
-        height, width = group[0].prepared.shape[-2:]
-        raise DeviceError(
-            f"Not enough GPU memory for {len(group)} images of {height}×{width} px. Lower --batch or --size, read in "
-            "windows (--tile), or hold no N×N map (--iep-rows 256 --form log-per-head)."
-        )
+    except OutOfMemoryError:
+        if not (halve and middle):
+            raise
     return annotate(teacher, group[:middle], halve=False) + annotate(teacher, group[middle:], halve=False)
 
 
@@ -119,6 +114,7 @@ class LabelJob:
         labels: the folder. Labels that are there stay; failures stay unless `retry_failed`.
         batch: how many images of one shape go through the model together.
         plots: write a picture beside each label, `.png` in place of `.npz`.
+        words: of a prompt, for these pictures.
         stale_seconds: after how long without a sign of life a claim of another machine is taken over.
 
     Raises:
@@ -135,12 +131,15 @@ class LabelJob:
         batch: int = 1,
         retry_failed: bool = False,
         plots: bool = False,
+        words: Words | None = None,
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
         if batch < 1:
             raise ArgumentError(f"batch must be at least 1, got {batch}.")
-        claim_folder(labels, teacher.settings, backbone_sha256)
-        self._teacher, self._labels, self._batch, self._plots = teacher, labels, batch, plots
+        self._claim_folder = partial(claim_folder, labels, teacher.settings, backbone_sha256)
+        self._claim_folder()
+        self._teacher, self._labels, self._batch = teacher, labels, batch
+        self._plots, self._words = plots, words
         self._names = [image.name for image in images]
         if retry_failed:
             forget_failures(labels, self._names)
@@ -160,7 +159,7 @@ class LabelJob:
         written. A picture that cannot be read fails with its reason, and the others are still done.
 
         Raises:
-            DeviceError: not enough GPU memory for half a batch.
+            OutOfMemoryError: not enough GPU memory for half a batch.
             OutputError: a label cannot be written.
         """
         self._summary, self._report = LabelSummary(before=self.before), report
@@ -200,6 +199,7 @@ class LabelJob:
                 if not self._left(shard):
                     del self._open[key]
                 elif self._claims.take(key):
+                    self._claim_folder()  # before the first claim, a run with other settings may have taken it over
                     del self._open[key]
                     # It may have been finished, and given back, just before.
                     if self._left(shard):
@@ -235,7 +235,7 @@ class LabelJob:
         for image, annotation in zip(group, annotations, strict=True):
             if image.rgb is not None and image.name in self._pending:
                 file = label_file(self._labels, image.name).with_suffix(".png")
-                plot(self._teacher, image.rgb, annotation, file)
+                plot(self._teacher, image.rgb, annotation, file, self._words)
 
     def _write(self, group: list[Ready], annotations: list[Annotation]) -> None:
         for image, annotation in zip(group, annotations, strict=True):

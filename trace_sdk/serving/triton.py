@@ -7,16 +7,29 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trace_sdk.atomic import write_bytes, write_text
-from trace_sdk.detector import EdgeDetector
+from trace_sdk.buckets import bucket_shapes, checked_buckets
 from trace_sdk.engines import ON_GPU, read_engine
-from trace_sdk.engines.manifest import ANY_SIZE
-from trace_sdk.errors import ArgumentError, OutputError
+from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_data, verify_seal
+from trace_sdk.engines.model_proto import read_metadata
+from trace_sdk.engines.plan import MAGIC, Built, unpack
+from trace_sdk.errors import ArgumentError, EngineError, OutputError
 
 QUEUE_DELAY = 2000  # µs that a request may wait for others of its shape
 QUEUE_LENGTH = 256  # requests that may wait; more are refused at once
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What the server gets: `model` as it loads it, and what is known about it; `built` of a TensorRT plan."""
+
+    model: bytes
+    manifest: Manifest
+    sha256: str
+    built: Built | None = None
 
 
 def write_repository(
@@ -27,7 +40,8 @@ def write_repository(
     buckets: Sequence[int] | None = None,
     output: str = "float32",
 ) -> Path:
-    """Write FOLDER/NAME/1/model.onnx and FOLDER/NAME/config.pbtxt for the onnxruntime backend.
+    """Write FOLDER/NAME with a config.pbtxt and 1/model.onnx for the onnxruntime backend, or, of a TensorRT `.engine`,
+    1/model.plan for the TensorRT backend.
 
     Clients send `image` uint8 [batch, height, width, 3] RGB and get `edge_probability` [batch, height, width]. Without
     `buckets` they send photos as they are: scaling is in the graph (`trace_sdk.export.any_size`, which needs the onnx
@@ -35,7 +49,8 @@ def write_repository(
     different sizes share few shapes. The server batches requests of one shape, and runs on a GPU where it has one.
 
     Args:
-        engine: a path, a bundled name, or None for "trace-small"; its seal is checked.
+        engine: a path, a bundled name, or None for "trace-small"; its seal is checked. A TensorRT engine needs
+            `buckets` and runs only on the GPU and the TensorRT version that it was built for.
         max_batch: the most pictures that go through the engine together.
         buckets: lengths of sides that clients will pad to, as in `EdgeDetector`; the server runs each shape once
             before it says that it is ready.
@@ -45,8 +60,9 @@ def write_repository(
         FOLDER/NAME.
 
     Raises:
-        EngineError: missing, corrupt or foreign engine.
-        ArgumentError: `max_batch` below 1, wrong `buckets`, or the engine's name cannot name a folder.
+        EngineError: missing, corrupt or foreign engine, or a plan of TensorRT-RTX, which Triton cannot run.
+        ArgumentError: `max_batch` below 1 or beyond the plan's, wrong `buckets` or none for a plan, or the engine's
+            name cannot name a folder.
         OutputError: FOLDER/NAME exists, or cannot be written.
         MissingExtraError: scaling has to go into the graph, and the onnx package is not installed.
     """
@@ -54,38 +70,62 @@ def write_repository(
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
     if buckets is not None and output != "float32":
         raise ArgumentError(f"output={output!r} is for photos of any size; leave buckets out.")
-    engine = engine or ON_GPU
-    detector = EdgeDetector(engine, device="cpu", buckets=buckets)
-    model, source = read_engine(engine)
-    name = str(detector.info["engine"])
+    model, source = read_engine(engine or ON_GPU)
+    served = _served(model, source)
+    manifest, name = served.manifest, served.manifest.name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ArgumentError(
             f"{source}: its name {name!r} cannot name a model. Export it with --name LETTERS-AND-DIGITS."
         )
+    sides = checked_buckets(buckets, manifest) if buckets is not None else ()
+    if sides and manifest.input == ANY_SIZE:
+        raise ArgumentError(f"{name} scales photos inside its graph, so buckets cannot be chosen.")
+    if served.built is not None:
+        _check_plan(served.built, source, max_batch, bool(sides))
+    beside = verify_data(manifest, source)
     target = Path(folder, name)
     if target.exists():
         raise OutputError(f"{target} exists already. Remove it, or give another folder.")
-    if buckets is None and detector.manifest.input != ANY_SIZE:
+    if not sides and manifest.input != ANY_SIZE:
         from trace_sdk.export.any_size import take_any_size
 
-        model = take_any_size(model, source, output=output)
+        served = _served(take_any_size(model, source, output=output), source)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in target.parent.glob(f".{name}.*"):  # of a process that was killed; a server would try to load it
+        shutil.rmtree(unfinished, ignore_errors=True)
     # The server may watch the folder: the model appears in it whole.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
         made = Path(building, name)
-        write_bytes(made / "1/model.onnx", model)
-        if detector.manifest.data:
-            name_of_data = detector.manifest.data["file"]
-            shutil.copyfile(Path(source).with_name(name_of_data), made / "1" / name_of_data)
-        served = detector if buckets is not None else EdgeDetector(made / "1/model.onnx", device="cpu")
-        write_text(made / "config.pbtxt", configuration(served, max_batch))
+        write_bytes(made / f"1/model.{'onnx' if served.built is None else 'plan'}", served.model)
+        if beside is not None:
+            shutil.copyfile(beside / manifest.data["file"], made / "1" / manifest.data["file"])
+        write_text(made / "config.pbtxt", _configuration(served, max_batch, sides))
         made.rename(target)
     return target
 
 
-def configuration(detector: EdgeDetector, max_batch: int) -> str:
+def _served(model: bytes, source: str) -> _Served:
+    if model.startswith(MAGIC):
+        manifest, built, plan, sha256 = unpack(model, source)
+        return _Served(plan, manifest, sha256, built)
+    return _Served(model, Manifest.from_metadata(read_metadata(model, source), source), verify_seal(model, source))
+
+
+def _check_plan(built: Built, source: str, max_batch: int, padded: bool) -> None:
+    if built.runtime != "tensorrt":
+        raise EngineError(
+            f"{source}: was built for {built.runtime}; Triton's backend runs plans of TensorRT. Build one on the "
+            "server's GPU (trace-sdk export ENGINE.onnx -o X.engine --runtime tensorrt), or give the .onnx engine."
+        )
+    if not padded:
+        raise ArgumentError(f"{source}: TensorRT does not scale photos, so clients have to: give --buckets.")
+    if max_batch > built.profile["max"][0]:
+        raise ArgumentError(f"max_batch={max_batch}: {source} was built for at most {built.profile['max'][0]}.")
+
+
+def _configuration(served: _Served, max_batch: int, sides: Sequence[int]) -> str:
     """The config.pbtxt for an engine, protobuf text of Triton's ModelConfig."""
-    info, manifest = detector.info, detector.manifest
+    manifest, built = served.manifest, served.built
     kind = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}[manifest.output]
     parameters = {
         "input": manifest.input,
@@ -93,23 +133,31 @@ def configuration(detector: EdgeDetector, max_batch: int) -> str:
         "min_size": manifest.min_size,
         "max_size": manifest.max_size,
         "default_size": manifest.default_size,
-        "buckets": ",".join(map(str, detector.buckets)),
+        "buckets": ",".join(map(str, sides)),
         "threshold": manifest.threshold,
-        "sha256": info["engine_sha256"],
+        "sha256": served.sha256,
     }
+    shapes = bucket_shapes(manifest.default_size, manifest, sides)
     lines = [
-        f'name: "{info["engine"]}"',
-        'backend: "onnxruntime"',
+        f'name: "{manifest.name}"',
+        'backend: "onnxruntime"' if built is None else 'backend: "tensorrt"',
         f"max_batch_size: {max_batch}",
         'input [{ name: "image", data_type: TYPE_UINT8, dims: [-1, -1, 3] }]',
         f'output [{{ name: "edge_probability", data_type: {kind}, dims: [-1, -1] }}]',
-        "instance_group [{ count: 1 }]",
+        "instance_group [{ count: 1 }]" if built is None else "instance_group [{ count: 1, kind: KIND_GPU }]",
         "dynamic_batching {",
         f"  max_queue_delay_microseconds: {QUEUE_DELAY}",
         f"  default_queue_policy {{ max_queue_size: {QUEUE_LENGTH} }}",
         "}",
     ]
-    for height, width in detector.bucket_shapes():
+    if built is not None:
+        parameters |= {"gpu": built.gpu, "tensorrt": built.runtime_version}
+        graphs = [
+            f'graph_spec {{ batch_size: 1, input {{ key: "image", value {{ dim: [{height}, {width}, 3] }} }} }}'
+            for height, width in shapes
+        ]
+        lines.append(f"optimization {{ cuda {{ graphs: true, {', '.join(graphs)} }} }}")
+    for height, width in shapes:
         image = f'{{ key: "image", value: {{ data_type: TYPE_UINT8, dims: [{height}, {width}, 3], zero_data: true }} }}'
         lines.append(f'model_warmup [{{ name: "{height}x{width}", batch_size: 1, inputs: {image} }}]')
     lines += [

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.student.calibrate import calibrate_threshold
@@ -19,22 +19,14 @@ from trace_sdk.student.colour_gradient import ColourGradient
 from trace_sdk.student.labelled_images import LabelledImages, cut
 from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.snapping import GRADE
+from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.crops import step_generator
 from trace_sdk.training.loop import Report, train_until
-from trace_sdk.training.state import (
-    check_same_run,
-    load_state,
-    optimizer_tensors,
-    part,
-    restore_optimizer,
-    save_state,
-)
+from trace_sdk.training.state import check_same_run, load_state, save_state
 
 ZOOM = (0.7, 1.8)  # sides of the squares that become crops, as a multiple of the crop's
 LONGEST = 800  # pixels; larger photos count as reduced to it
 COARSE = 0.2  # weight of the mean loss of the coarser outputs
-WARMUP = 100
-EMA = 0.998
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def distill_nano(
     learnt, held_out = images.split(settings.held_out)
     trainer = _Trainer(learnt, settings, device)
     train_until(settings.steps, trainer, out, save_seconds, report)
-    student = trainer.average.eval()
+    student = trainer.training.average
     student.threshold, score = calibrate_threshold(student, held_out, settings.size)
     student.save(out, {"distilled_steps": trainer.step, "score": score, "settings": asdict(settings)})
     return student
@@ -107,10 +99,8 @@ class _Trainer:
     def __init__(self, images: LabelledImages, settings: NanoSettings, device: torch.device | str) -> None:
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
-        self.student, self.average = NanoStudent().to(self.device), NanoStudent().to(self.device)
-        self.average.load_state_dict(self.student.state_dict())
+        self.training = AveragedTraining(NanoStudent().to(self.device), settings.learning_rate, settings.steps)
         self.gradient = ColourGradient().to(self.device)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), weight_decay=0.02)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images float [B, 3, size, size] in [−1, 1] as the student sees them, and scores [B, size, size]."""
@@ -135,10 +125,10 @@ class _Trainer:
 
     def train(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         images, scores = (x.to(self.device) for x in batch)
-        self.student.train()
+        student = self.training.model.train()
         soft = torch.sigmoid(GRADE * (scores - 1))
         graded = soft.sqrt() * self.gradient(images).squeeze(1).sigmoid()
-        logits, coarse = self.student(images)
+        logits, coarse = student(images)
         fine = F.binary_cross_entropy_with_logits(logits, graded)
         sides = torch.stack(
             [
@@ -146,35 +136,18 @@ class _Trainer:
                 for side in coarse
             ]
         ).mean()
-        (fine + COARSE * sides).backward()  # type: ignore[no-untyped-call]
-        progress = self.step / self.settings.steps
-        for group in self.optimizer.param_groups:
-            cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
-            group["lr"] = self.settings.learning_rate * cosine * min(1.0, (self.step + 1) / WARMUP)
-        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.training.step(fine + COARSE * sides, self.step)
         self.step += 1
-        keep = min(EMA, self.step / (self.step + 9))
-        averages = self.average.state_dict()
-        with torch.no_grad():
-            for name, value in self.student.state_dict().items():
-                average = averages[name]
-                average.copy_(average.lerp(value, 1 - keep) if value.is_floating_point() else value)
         return {"graded": fine.item(), "coarse": sides.item()}
 
     def save(self, file: Path) -> None:
-        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        save_state(file, tensors | optimizer_tensors(self.optimizer, "optimizer"), self.step, asdict(self.settings))
+        save_state(file, self.training.tensors(), self.step, asdict(self.settings))
 
     def restore(self, file: Path) -> None:
         tensors, step, settings = load_state(file)
         check_same_run(file, settings, asdict(self.settings), ("crops", "size", "held_out", "seed"))
         try:
-            self.student.load_state_dict(part(tensors, "student"))
-            self.average.load_state_dict(part(tensors, "average"))
-            restore_optimizer(self.optimizer, "optimizer", tensors)
+            self.training.restore(tensors)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} does not fit this run: {error}") from error
         self.step = step

@@ -129,10 +129,14 @@ class Student(nn.Module):
 
     def logits(self, images: Tensor, *, share_softmax: bool = False) -> Tensor:
         """The edge logits, [B, H, W], by no more of the backbone than they need; see `SelfAttentionTap`."""
+        logits: Tensor = self.decoder(self.maps(images, share_softmax=share_softmax), images)
+        return logits
+
+    def maps(self, images: Tensor, *, share_softmax: bool = False) -> list[Tensor]:
+        """What the decoder reads beside the images: divergence features [B, 2·heads, H_k, W_k] of each block."""
         maps: list[Tensor] = []
         self.read(self.encode(images), lambda attention: maps.append(features_of(attention)), share_softmax)
-        logits: Tensor = self.decoder(maps, images)
-        return logits
+        return maps
 
     def encode(self, images: Tensor) -> Tensor:
         """X_0; nothing is learnt there."""

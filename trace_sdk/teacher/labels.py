@@ -17,6 +17,7 @@ from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.teacher.teacher import Annotation, TeacherSettings
 
 INDEX = "labels.json"
+CLAIMS = ".claims"  # of those at work in the folder
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,22 @@ def load_label(file: Path) -> Label:
 def claim_folder(out: Path, settings: TeacherSettings, backbone_sha256: str) -> None:
     """Write `labels.json`, or check that the labels already in `out` were made in the same way.
 
+    One that a run left behind before it had made any label, as with a size that was too large, is written anew.
+
     Raises:
         ArgumentError: `out` holds labels of another backbone or other settings; mixing them would be silent harm.
+        DatasetError: `labels.json` is cut or foreign.
     """
     now = json.loads(json.dumps({"backbone_sha256": backbone_sha256, "settings": asdict(settings)}))
     index = out / INDEX
-    if index.is_file():
-        before = json.loads(index.read_text())
-        if before != now:
-            raise ArgumentError(
-                f"{out} holds labels made with another backbone or other settings (see {index}). "
-                "Give another folder (-o), or remove this one."
-            )
-    else:
-        write_text(index, json.dumps(now, indent=2) + "\n")
+    try:
+        if index.is_file() and json.loads(index.read_text()) == now:
+            return
+    except ValueError as error:
+        raise DatasetError(f"{index} is not whole ({error}). Remove it if the folder holds no labels.") from error
+    if index.is_file() and (any(out.rglob("*.npz")) or any((out / CLAIMS).glob("*.claim"))):
+        raise ArgumentError(
+            f"{out} holds labels made with another backbone or other settings (see {index}). "
+            "Give another folder (-o), or remove this one."
+        )
+    write_text(index, json.dumps(now, indent=2) + "\n")

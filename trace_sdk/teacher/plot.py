@@ -1,4 +1,4 @@
-"""One picture of what the teacher sees: KL curve, attention and ABDiv along t, labels."""
+"""One picture of what the teacher sees: KL curve, attention and ABDiv along t, a prompt's words, labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from trace_sdk.atomic import write_bytes
+from trace_sdk.backbones.words import WordedPrompt
 from trace_sdk.errors import MissingExtraError
 from trace_sdk.kernels import abdiv
+from trace_sdk.teacher.limits import memory_of
 from trace_sdk.teacher.teacher import Annotation, Teacher
+from trace_sdk.teacher.words import word_maps
 
 CURVES = {
     "kl": ("KL(SA(X$_{t_{prev}}$) ‖ SA(X$_t$))", "nats"),
@@ -28,15 +32,41 @@ SHOWN = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 EDGE_COLOUR, INTERIOR_COLOUR, UNCERTAIN_COLOUR = (240, 80, 60), (40, 90, 160), (200, 200, 200)
 
 
-def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: Path) -> None:
+@dataclass(frozen=True)
+class Words:
+    """A prompt of the teacher's model, and those of its words to show; none means all."""
+
+    prompt: WordedPrompt
+    words: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise ArgumentError if a word is not in the prompt."""
+        for word in self.words:
+            self.prompt.positions(word)
+
+
+def plot(
+    teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: Path, words: Words | None = None
+) -> None:
     """Draw one photo's way through the teacher into a PNG.
+
+    Args:
+        words: adds a row for each word: where the image looks at it, from least (dark) to most over all t shown.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        ArgumentError: a word is not in the prompt, or the model takes no text.
+        OutOfMemoryError: the device's memory does not hold the maps.
     """
-    steps = along_t(teacher, rgb, SHOWN)
-    figure = new_figure(2.6 * len(SHOWN), 9.6)
-    grid = figure.add_gridspec(3, len(SHOWN), height_ratios=(1.3, 1, 1))
+    with memory_of(teacher.backbone, teacher.settings.size):
+        steps = along_t(teacher, rgb, SHOWN)
+        words_shown: list[tuple[str, NDArray[np.float32]]] = []  # with maps [steps, H, W]
+        if words:
+            found = word_maps(teacher, rgb, words.prompt, words.words, SHOWN)
+            words_shown = list(zip(found.words, found.maps.swapaxes(0, 1), strict=True))
+    rows = len(words_shown)
+    figure = new_figure(2.6 * len(SHOWN), 9.6 + 2.8 * rows)
+    grid = figure.add_gridspec(3 + rows, len(SHOWN), height_ratios=(1.3, *[1] * (2 + rows)))
     photo = figure.add_subplot(grid[0, :2])
     photo.imshow(rgb)
     photo.set_title("photo")
@@ -58,7 +88,13 @@ def plot(teacher: Teacher, rgb: NDArray[np.uint8], annotation: Annotation, out: 
         top.set_title(f"attention PCA, t = {t:g}")
         bottom.imshow(divergence, cmap="magma", vmax=float(np.quantile(divergence, 0.995)))
         bottom.set_title(f"ABDiv, t = {t:g}")
-        for axes in (top, bottom):
+        shown = [top, bottom]
+        for row, (word, maps) in enumerate(words_shown):
+            axes = figure.add_subplot(grid[3 + row, column])
+            axes.imshow(maps[column], cmap="viridis", vmin=float(maps.min()), vmax=float(maps.max()))
+            axes.set_title(f"“{word}”, t = {t:g}")
+            shown.append(axes)
+        for axes in shown:
             axes.set_axis_off()
     for axes in (photo, labels):
         axes.set_axis_off()

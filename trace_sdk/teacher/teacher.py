@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,15 +14,17 @@ from torch import Tensor
 
 from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.backbones.device import torch_dtype
-from trace_sdk.errors import ArgumentError, OutOfMemoryError
+from trace_sdk.errors import ArgumentError
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary, PerHeadBoundary
 from trace_sdk.teacher.criteria import CRITERIA
 from trace_sdk.teacher.emergence import TRAJECTORIES, Emergence, row_sample, schedule, search_window
+from trace_sdk.teacher.limits import in_fp32, is_finite, memory_of
 from trace_sdk.teacher.pseudo_labels import ternary_labels
 from trace_sdk.tiling import Window, blend, tiles
 
+log = logging.getLogger("trace_sdk")
 LEAST_SIZE = 64  # no backbone takes less
 FORMS = ("mean", "per-head", "log-per-head")
 
@@ -52,7 +55,8 @@ class TeacherSettings:
         blocks: self-attention blocks to average, None for all.
         mirror: average with the mirrored image's map.
         precision: of the backbone's arithmetic, "fp32", "bf16" or "fp16"; maps are taken in fp32 in all of them. A
-            backbone that was opened in half precision is used as it is, and its precision must be said here.
+            backbone that was opened in half precision is used as it is, and its precision must be said here. Where
+            it overflows, the image is read in fp32.
         seed: of the noise ε.
     """
 
@@ -130,6 +134,7 @@ class Teacher:
         if self.settings.blocks is not None and not all(0 <= block <= last for block in self.settings.blocks):
             raise ArgumentError(f"blocks must lie in 0 … {last} for this backbone, got {self.settings.blocks}.")
         self._blocks = self.settings.blocks or tuple(range(last + 1))
+        self._said_overflow = False
         self._check_against_backbone()
 
     def _check_against_backbone(self) -> None:
@@ -139,6 +144,12 @@ class Teacher:
             raise ArgumentError(f"size must be at least {least} px for this backbone, got {size}.")
         if tile is not None and (tile < least or tile % step):
             raise ArgumentError(f"tile must be a multiple of {step} px from {least} for this backbone, got {tile}.")
+        tokens = getattr(self.backbone, "most_tokens", None)
+        if tokens is not None and (tile or size) > tokens * self.backbone.token_side:
+            raise ArgumentError(
+                f"This backbone has learnt positions up to {tokens * self.backbone.token_side} px, got {tile or size}. "
+                "Lower size, or read larger images in windows (tile)."
+            )
         if self.backbone.dtype not in (torch.float32, torch_dtype(precision)):
             raise ArgumentError(
                 f"The backbone's weights are {self.backbone.dtype}, but precision is {precision}. Open it with "
@@ -156,26 +167,45 @@ class Teacher:
         Each image has the same ε, its own curve and its own t*. Arithmetic on batches of another size may differ in
         the last bit, so equal bytes need equal batches.
 
+        Where the attention overflows in half precision, those images are read again in fp32, and that is said once.
+
         Raises:
             OutOfMemoryError: the device's memory does not hold it; says what to lower.
-            ArgumentError: the attention overflows in this precision.
+            ArgumentError: the attention is not finite in fp32, either, or the weights are offloaded.
         """
-        failure = None
-        try:
+        with memory_of(self.backbone, self.settings.size):
             return self._annotate(torch.cat(list(prepared)))
-        except torch.OutOfMemoryError as error:
-            failure = str(error).partition(".")[0]
-        # Outside of the except block, so that the traceback no longer holds the tensors.
-        torch.cuda.empty_cache()
-        raise OutOfMemoryError(
-            f"{failure} ({self.backbone.family} at {self.settings.size} px). Lower --batch or --size, read in windows "
-            "(--tile), take the KL on fewer rows (--iep-rows 256), or open the backbone with --precision bf16 or "
-            "--offload."
-        )
 
     def _annotate(self, images: Tensor) -> list[Annotation]:
+        precision = self.settings.precision
+        found, maps = self._read(images, precision)
+        overflown = [index for index, one in enumerate(zip(found, maps, strict=True)) if not is_finite(*one)]
+        if overflown and precision != "fp32":
+            if not self._said_overflow:
+                log.warning(
+                    "%s overflows in %s: where it does, images are read again in fp32, which takes its time. "
+                    "--precision bf16 would not overflow.",
+                    self.backbone.family,
+                    precision,
+                )
+            self._said_overflow = True
+            with in_fp32(self.backbone):
+                again, exact = self._read(images[overflown], "fp32")
+            for place, index in enumerate(overflown):
+                found[index], maps[index] = again[place], exact[place]
+        annotations = []
+        for emergence, divergence in zip(found, maps, strict=True):
+            timesteps = (emergence.t_star,) if emergence else self.settings.timesteps or ()
+            if not is_finite(emergence, divergence):
+                raise ArgumentError("The backbone's attention is not finite, in fp32 either. Are its weights whole?")
+            labels, rule = ternary_labels(divergence)
+            annotations.append(Annotation(divergence, labels, rule, timesteps, emergence))
+        return annotations
+
+    def _read(self, images: Tensor, precision: str) -> tuple[list[Emergence | None], list[NDArray[np.float32]]]:
+        """Each image's curve, None with fixed timesteps, and its ABDiv [H, W]."""
         found: list[Emergence | None]
-        with self._arithmetic():
+        with self._arithmetic(precision):
             seen = [images, images.flip(-1)] if self.settings.mirror else [images]
             views = [self.backbone.encode(view) for view in seen]
             noise = self.noise_like(views[0])
@@ -186,24 +216,14 @@ class Teacher:
             else:
                 maps = [self._divergences(view, noise, self.settings.timesteps) for view in views]
                 found = [None] * len(images)
-        annotations = []
-        for index, emergence in enumerate(found):
-            divergence = maps[0][index]
-            if self.settings.mirror:
-                divergence = ((divergence + maps[1][index][:, ::-1]) / 2).astype(np.float32)
-            timesteps = (emergence.t_star,) if emergence else self.settings.timesteps or ()
-            if not np.isfinite(divergence).all():
-                raise ArgumentError(
-                    f"The backbone's attention is not finite at t = {timesteps}: its arithmetic overflows in "
-                    f"{self.settings.precision}. Take --precision bf16 or fp32."
-                )
-            labels, rule = ternary_labels(divergence)
-            annotations.append(Annotation(divergence, labels, rule, timesteps, emergence))
-        return annotations
+        both = maps[0]
+        if self.settings.mirror:
+            both = ((maps[0] + maps[1][..., ::-1]) / 2).astype(np.float32)
+        return found, list(both)
 
-    def _arithmetic(self) -> torch.autocast:
+    def _arithmetic(self, precision: str) -> torch.autocast:
         """Autocast for weights in fp32; those in half precision compute in it anyway."""
-        wanted = torch_dtype(self.settings.precision)
+        wanted = torch_dtype(precision)
         enabled = self.backbone.dtype == torch.float32 != wanted
         return torch.autocast(self.backbone.device.type, wanted if enabled else None, enabled=enabled)
 

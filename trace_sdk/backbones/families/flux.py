@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Flux(LatentBackbone):
     family = "flux"
     architecture = "FluxTransformer2DModel"
     self_attention = r"\.attn$"
+    words: ClassVar[dict[str, int]] = {"tokenizer_2": 0}
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:

@@ -18,6 +18,7 @@ class Lumina2(LatentBackbone):
     architecture = "Lumina2Transformer2DModel"
     no_graph = "its diffusers class goes through the images of a batch one by one"
     self_attention = r"^(noise_refiner|layers)\.\d+\.attn$"
+    drops_padding = True
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:

@@ -19,6 +19,7 @@ class PixArt(LatentBackbone):
     family = "pixart"
     architecture = "PixArtTransformer2DModel"
     self_attention = r"attn1$"
+    cross_attention = r"attn2$"
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers import transformer_qwenimage
@@ -21,6 +21,8 @@ class QwenImage(LatentBackbone):
     architecture = "QwenImageTransformer2DModel"
     vaes = ("AutoencoderKLQwenImage",)
     self_attention = r"\.attn$"
+    words: ClassVar[dict[str, int]] = {"tokenizer": -34}  # the template before the prompt is cut off
+    drops_padding = True
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:

@@ -18,6 +18,7 @@ class StableDiffusion(LatentBackbone):
     architecture = "UNet2DConditionModel"
     part = "unet"
     self_attention = r"attn1$"
+    cross_attention = r"attn2$"
     conditions: ClassVar[str | None] = None
 
     @classmethod

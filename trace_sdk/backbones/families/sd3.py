@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class StableDiffusion3(LatentBackbone):
     architecture = "SD3Transformer2DModel"
     self_attention = r"\.attn2?$"
     image_first = True
+    words: ClassVar[dict[str, int]] = {"tokenizer": 0, "tokenizer_3": 77}
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:

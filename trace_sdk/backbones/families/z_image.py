@@ -10,6 +10,8 @@ from torch import Tensor
 from trace_sdk.backbones.latent import LatentBackbone
 from trace_sdk.backbones.prompts import Prompt
 
+MULTIPLE = 32  # tokens, to which image and text are padded
+
 
 class ZImage(LatentBackbone):
     """`ZImageTransformer2DModel`; the layers that refine the text alone are not read."""
@@ -19,6 +21,7 @@ class ZImage(LatentBackbone):
     no_graph = "its diffusers class goes through the images of a batch one by one"
     self_attention = r"^(noise_refiner|layers)\.\d+\.attention$"
     image_first = True
+    drops_padding = True
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
@@ -34,6 +37,10 @@ class ZImage(LatentBackbone):
             frames, 1 - t, list(prompt["tokens"].unbind()), patch_size=self.cells_per_token, return_dict=False
         )[0]
         return -torch.stack(answer)[:, :, 0]
+
+    def text_tokens(self, image: int, text: int, keys: int) -> slice | None:
+        start = -(-image // MULTIPLE) * MULTIPLE
+        return super().text_tokens(start, text, keys)
 
     @property
     def cells_per_token(self) -> int:

@@ -1,0 +1,201 @@
+"""Cut-outs along edges, scenes composed of them, and a student that learns from these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from scipy.ndimage import label
+
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.cli import main
+from trace_sdk.edge_map import EdgeMap
+from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.instances.cutouts import cut_out
+from trace_sdk.pretraining.shapes import cut_shape, signed_distance
+from trace_sdk.student.folder import open_student
+from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
+from trace_sdk.student.own_scenes import OwnScenes
+from trace_sdk.student.self_train import SelfTrainSettings, self_train
+
+SHORT = SelfTrainSettings(steps=4, crops=2, size=64)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def outlined(strengths: dict[tuple[int, int, int, int], float]) -> EdgeMap:
+    """A photo of 120 × 200 whose edges are the outlines of boxes (left, top, right, bottom), each of one strength."""
+    edges = np.zeros((120, 200), np.float32)
+    rgb = np.full((120, 200, 3), 50, np.uint8)
+    for (left, top, right, bottom), strength in strengths.items():
+        edges[top : bottom + 1, left : right + 1] = strength
+        edges[top + 2 : bottom - 1, left + 2 : right - 1] = 0
+        rgb[top : bottom + 1, left : right + 1] = 200
+    return EdgeMap(edges, rgb, threshold=0.4, info={"network_size": (200, 120)})
+
+
+@pytest.fixture(scope="module")
+def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A red disc and a blue bar."""
+    folder = tmp_path_factory.mktemp("cutouts")
+    y, x = np.mgrid[:50, :50] - 25
+    for name, colour, inside in (
+        ("disc", (220, 20, 20), x**2 + y**2 < 400),
+        ("bar", (20, 20, 220), abs(y) < 8),
+    ):
+        rgba = np.zeros((50, 50, 4), np.uint8)
+        rgba[inside] = (*colour, 255)
+        Image.fromarray(rgba, "RGBA").save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos without any edge: what differs in a scene was pasted."""
+    folder = tmp_path_factory.mktemp("plain")
+    for grey in (60, 128, 200):
+        Image.new("RGB", (160, 140), (grey, grey, grey)).save(folder / f"{grey}.png")
+    return folder
+
+
+def test_things_with_clean_outlines_are_cut_out_best_first() -> None:
+    strong, weak, at_the_rim, speck = (20, 20, 80, 90), (110, 20, 170, 90), (150, 95, 199, 119), (3, 100, 13, 110)
+    found = cut_out(outlined({strong: 0.9, weak: 0.6, at_the_rim: 0.9, speck: 0.9}))
+    assert len(found) == 2 and found[0].score > found[1].score
+    for cutout, box in zip(found, (strong, weak), strict=True):
+        assert np.abs(np.subtract(cutout.box, box)).max() <= 3
+        alpha = np.asarray(cutout.image.getchannel("A"))
+        assert alpha.shape == (cutout.box[3] - cutout.box[1] + 2, cutout.box[2] - cutout.box[0] + 2)
+        assert alpha[0].max() < 128 and alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] == 255
+    assert len(cut_out(outlined({strong: 0.9, weak: 0.6}), min_score=0.7)) == 1
+
+
+def test_shapes_are_whole_and_differ() -> None:
+    areas = []
+    for seed in range(40):
+        inside = signed_distance(np.random.default_rng(seed), 160) < 0
+        areas.append(int(inside.sum()))
+        assert inside.any() and not inside.all() and label(inside)[1] <= 3
+    assert len(set(areas)) == len(areas)
+    rgb = np.random.default_rng(1).integers(0, 255, (160, 160, 3), np.uint8)
+    shape = np.asarray(cut_shape(np.random.default_rng(0), rgb))
+    assert (shape[..., :3] == rgb).all() and shape[..., 3].max() == 255 and shape[..., 3].min() == 0
+
+
+def test_a_scene_tells_exactly_where_something_was_pasted(plain: Path, cutouts: Path) -> None:
+    scenes = OwnScenes([plain], cutouts, seed=3)
+    images, ridges = scenes.batch(5, 8, 96)
+    assert images.shape == (8, 3, 96, 96) and ridges.shape == (8, 96, 96)
+    assert images.abs().max() <= 1 and ridges.min() >= 0 and ridges.max() == 1
+    slope = (images.diff(dim=2)[..., 1:].abs() + images.diff(dim=3)[:, :, 1:].abs()).sum(1)
+    near, far = ridges[:, 1:, 1:] > 0.5, ridges[:, 1:, 1:] == 0
+    assert slope[near].mean() > 10 * slope[far].mean()
+    again, _ = OwnScenes([plain], cutouts, seed=3).batch(5, 8, 96)
+    other, _ = scenes.batch(6, 8, 96)
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    def stop(step: int, _: object) -> None:
+        if step == 2:
+            raise Stop
+
+    scenes = OwnScenes([plain], cutouts, seed=0)
+    torch.manual_seed(0)
+    NanoStudent(0.4).save(tmp_path / "start", {})
+    whole = self_train(open_student(tmp_path / "start"), scenes, tmp_path / "whole", SHORT)
+    with pytest.raises(Stop):
+        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", SHORT, save_seconds=0, report=stop)
+    self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", SHORT)
+    first, second = ((tmp_path / name / "nano.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert first == second != (tmp_path / "start/nano.safetensors").read_bytes()
+    assert 0 < whole.threshold < 1 and open_student(tmp_path / "whole").threshold == whole.threshold
+
+
+def test_outlines_are_learnt_and_the_rest_fades(plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    scenes = OwnScenes([plain], cutouts, seed=0)
+    torch.manual_seed(0)
+    before = NanoStudent(0.4).eval()
+    settings = SelfTrainSettings(steps=60, crops=4, size=64, learning_rate=1e-2)
+    NanoStudent(0.4).save(tmp_path / "start", {})
+    after = self_train(open_student(tmp_path / "start"), scenes, tmp_path / "after", settings)
+    images, ridges = scenes.batch(1 << 20, 16, 64)
+
+    @torch.inference_mode()
+    def error(student: NanoStudent) -> float:
+        return float((student.logits(images).sigmoid() - ridges).abs().mean())
+
+    assert isinstance(after, NanoStudent)
+    assert error(after) < 0.8 * error(before)
+
+
+def test_of_a_student_with_a_backbone_the_decoder_learns_alone(
+    tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    Student(tiny_backbone).save(tmp_path / "start", {})
+    self_train(open_student(tmp_path / "start"), OwnScenes([plain], cutouts, 0), tmp_path / "better", SHORT)
+    start, better = open_student(tmp_path / "start").state_dict(), open_student(tmp_path / "better").state_dict()
+    changed = {name for name, value in start.items() if not torch.equal(value, better[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"crops": 1}, {"size": 100}, {"size": 0}])
+def test_settings_out_of_range(change: dict, plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="multiple of 32"):
+        self_train(
+            NanoStudent(), OwnScenes([plain], cutouts, 0), tmp_path, SelfTrainSettings(**{**vars(SHORT), **change})
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="No photos in"):
+        OwnScenes([plain], tmp_path / "none", 0)
+
+
+def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    square = np.full((120, 160, 3), 40, np.uint8)
+    square[30:90, 50:110] = (220, 180, 90)
+    Image.fromarray(square).save(folder / "square.png")
+    Image.fromarray(square[:, ::-1]).save(folder / "mirrored.png")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    cut = tmp_path / "cut"
+    command = ("cutouts", folder, "-o", cut, "--engine", tiny_engine)
+    assert "2 photos" in run(*command)
+    names = sorted(file.name for file in cut.glob("*.png"))
+    assert {"square-1.png", "mirrored-1.png"} <= set(names)
+    written = (cut / "square-1.png").stat().st_mtime_ns
+    run(*command)
+    assert (cut / "square-1.png").stat().st_mtime_ns == written
+    NanoStudent(0.4).save(tmp_path / "start", {})
+    run(
+        "self-train",
+        tmp_path / "start",
+        plain,
+        "--cutouts",
+        cut,
+        "--steps",
+        2,
+        "--crops",
+        2,
+        "--size",
+        64,
+        "-o",
+        tmp_path / "b",
+    )
+    assert isinstance(open_student(tmp_path / "b"), NanoStudent)

@@ -1,0 +1,115 @@
+"""The tap on what the image looks at in the text: in cross-attention, or in the joint attention of newer models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trace_sdk.backbones.latent import LatentBackbone
+from trace_sdk.backbones.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class TextAttention:
+    """Queries of the image's tokens and keys of the text's in one attention call.
+
+    Attributes:
+        query: [B, heads, H·W, d], row-major over the token grid, after norm and rotary embedding.
+        key: [B, heads, T, d], in the order of the prompt's embeddings.
+        grid: (H, W) in tokens.
+        scale: factor on query·key before the softmax.
+        bias: what the model adds to the scores, −∞ where it masks a key: broadcasts to [B, heads, H·W, T].
+    """
+
+    query: Tensor
+    key: Tensor
+    grid: tuple[int, int]
+    scale: float
+    bias: Tensor | None = None
+
+
+OnText = Callable[[TextAttention], None]
+ImageAndText = Callable[[int, int], "tuple[slice, tuple[int, int], slice] | None"]
+"""(query length, key length) of a call → (slice of the image tokens among the queries, their grid, slice of the text
+tokens among the keys), or None if the image does not look at the text in it."""
+
+
+def attend_to_text(
+    backbone: LatentBackbone, prompt: Prompt, x_t: Tensor, t: Tensor | float, on_attention: OnText
+) -> Tensor:
+    """Denoise once with a prompt (embeddings, batch of 1) and show every call in which the image looks at it.
+
+    Returns:
+        The network's answer, of the shape of X_t, the same bits as without being watched.
+    """
+    latents, text = (x_t.shape[-2], x_t.shape[-1]), prompt["tokens"].shape[1]
+    name_of = re.compile(backbone.cross_attention or backbone.self_attention)
+    running: list[nn.Module] = []
+
+    def image_and_text(queries: int, keys: int) -> tuple[slice, tuple[int, int], slice] | None:
+        image, grid = backbone.image_tokens(queries, latents)
+        found = backbone.text_tokens(grid[0] * grid[1], text, keys) if running else None
+        return (image, grid, found) if found else None
+
+    with ExitStack() as stack:
+        for name, module in backbone.denoiser.named_modules():
+            if name_of.search(name):  # the module that calls tells one kind of attention from another
+                stack.enter_context(module.register_forward_pre_hook(lambda module, _: running.append(module)))
+                stack.enter_context(module.register_forward_hook(lambda *_: running.clear()))
+        stack.enter_context(TextAttentionTap(on_attention, image_and_text))
+        answer: Tensor = backbone(x_t, t, prompt=prompt)
+    return answer
+
+
+class TextAttentionTap(TorchFunctionMode):
+    """Context manager that shows what image tokens look at in the text; the model's answer is as without it.
+
+    Args:
+        on_attention: called once for each call in which the image looks at the text, in forward order.
+        image_and_text: where the two lie in a call.
+    """
+
+    def __init__(self, on_attention: OnText, image_and_text: ImageAndText) -> None:
+        super().__init__()
+        self._on_attention, self._image_and_text = on_attention, image_and_text
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            call = {**dict(zip(names, args, strict=False)), **kwargs}
+            query, key, scale = call["query"], call["key"], call.get("scale")
+            found = self._image_and_text(query.shape[-2], key.shape[-2])
+            if found is not None:
+                image, grid, text = found
+                self._on_attention(
+                    TextAttention(
+                        query[..., image, :],
+                        key[..., text, :],
+                        grid,
+                        query.shape[-1] ** -0.5 if scale is None else scale,
+                        part_of_mask(call.get("attn_mask"), image, text),
+                    )
+                )
+        return func(*args, **kwargs)
+
+
+def part_of_mask(mask: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+    """An attention mask, bool or added to the scores, as what is added for these queries and keys."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    if mask.shape[-2] > 1:
+        mask = mask[..., queries, :]
+    return mask[..., keys]

@@ -1,0 +1,80 @@
+"""`trace-sdk cutouts`: photos in, the things in them as RGBA pictures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trace_sdk.atomic import write_whole
+from trace_sdk.cli.console import FAILED, output, progress, say_error
+from trace_sdk.cli.options import engine_options
+from trace_sdk.cli.parts import Parts, engine_facts
+from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.errors import InputError
+
+
+@click.command("cutouts", short_help="Cut the things in photos out, as RGBA pictures.")
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option(
+    "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
+)
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    default=0.25,
+    show_default=True,
+    help="How clean an outline must be: mean edge probability, less the strongest border inside.",
+)
+@engine_options
+def command(
+    photos: tuple[str, ...], out: Path, min_score: float, engine: str | None, device: str, size: int | None
+) -> None:
+    """Cut out what the edges enclose: whole, compact, with a clean outline.
+
+    PHOTO is a file, a folder or a quoted pattern. Each gives OUT/NAME-1.png, NAME-2.png …, best first, transparent
+    outside the outline. They are what `trace-sdk self-train` composes its scenes of, and `trace-sdk pretrain` takes
+    them, too. Look through them: what is no thing can be deleted.
+
+    \b
+    Examples:
+      trace-sdk cutouts photos/ -o cutouts/ --size 384
+      trace-sdk self-train runs/student photos/ --cutouts cutouts/ -o runs/better
+
+    A photo that is done is not done again unless it, the engine or an option has changed.
+
+    \b
+    Exit code:
+      0    all photos done
+      1    a photo, the engine, the device or the output folder failed (see stderr)
+      2    wrong usage, or no photo found
+      130  interrupted; run it again to go on
+    """
+    jobs = find_photos(photos, out)
+
+    from trace_sdk.detector import EdgeDetector
+    from trace_sdk.instances.cutouts import cut_out
+
+    detector = EdgeDetector(engine, device=device, size=size)
+    parts = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})
+    failed = count = 0
+    with progress("cutouts", total=len(jobs)) as advance:
+        for job in jobs:
+            try:
+                key = parts.key(read_photo(job.photo), str(job.name).encode())
+                if (done := parts.get(key)) is None:
+                    cutouts = cut_out(detector.run(job.photo), min_score)
+                    for number, cutout in enumerate(cutouts, start=1):
+                        with write_whole(out / f"{job.name}-{number}.png") as file:
+                            cutout.image.save(file, "PNG")
+                    done = [{"box": cutout.box, "score": round(cutout.score, 4)} for cutout in cutouts]
+                    parts.put(key, done)
+                count += len(done)
+            except InputError as error:
+                failed += 1
+                say_error(error)
+            advance(note=job.photo.name)
+    trouble = f", {failed} failed" if failed else ""
+    output.print(f"{len(jobs) - failed} photos → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
+    if failed:
+        raise click.exceptions.Exit(FAILED)

@@ -1,0 +1,68 @@
+"""trace-sdk self-train: a student learns from scenes of its own cut-outs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.options import torch_device_option
+
+
+@click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
+@click.option(
+    "--cutouts", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk cutouts` wrote."
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")
+@click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@click.option("--crops", default=8, show_default=True, help="Scenes a step.")
+@click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
+@click.option("--learning-rate", default=2e-3, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@torch_device_option
+def command(
+    student: Path,
+    photos: tuple[Path, ...],
+    cutouts: Path,
+    out: Path,
+    steps: int,
+    crops: int,
+    size: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Train STUDENT on scenes composed of what its edges cut out, over the PHOTOS (folders).
+
+    No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. A third of the scenes
+    has random shapes of the photos instead. Of a student with a backbone, the decoder learns alone. The state is saved
+    every two minutes and on Ctrl-C: run the same command again to go on.
+
+    \b
+      trace-sdk export runs/nano -o first.onnx
+      trace-sdk cutouts photos/ --engine first.onnx --size 384 -o runs/cutouts
+      trace-sdk self-train runs/nano photos/ --cutouts runs/cutouts -o runs/better
+    Next:
+      trace-sdk export runs/better -o mine.onnx
+    """
+    from trace_sdk.backbones.device import torch_device
+    from trace_sdk.student.folder import open_student
+    from trace_sdk.student.own_scenes import OwnScenes
+    from trace_sdk.student.self_train import SelfTrainSettings, self_train
+    from trace_sdk.training.state import steps_done
+
+    settings = SelfTrainSettings(steps=steps, crops=crops, size=size, learning_rate=learning_rate, seed=seed)
+    scenes = OwnScenes(list(photos), cutouts, seed)
+    with progress("self-train", total=steps, done=steps_done(out)) as advance:
+        self_train(
+            open_student(student),
+            scenes,
+            out,
+            settings,
+            device=torch_device(device),
+            report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
+        )
+    output.print(f"Student written to {out}")

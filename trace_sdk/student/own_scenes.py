@@ -1,0 +1,75 @@
+"""Lessons that a student sets itself: what its edges cut out, pasted over other photos, with exact outlines.
+
+No annotation is behind them. The cut-outs come from the student's own edges (`trace-sdk cutouts`) or are random shapes
+of photos; where they were pasted is known to the pixel, whatever was cut out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from trace_sdk.evaluation.datasets import instance_boundaries
+from trace_sdk.pretraining.scenes import RGB, compose
+from trace_sdk.pretraining.shapes import SIDE, cut_shape
+from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
+
+SHAPES = 0.3  # share of scenes of random shapes
+BLURRED = 0.5  # share of scenes that are blurred
+BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they are
+RIM = 1.0  # σ of the outline's ridge, pixels
+NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
+MARGIN = 32  # pixels by which a scene is larger than what is seen of it
+
+
+class OwnScenes:
+    """Scenes of own cut-outs over photos, each batch a function of (seed, step) alone.
+
+    Args:
+        photos: folders of photos, backgrounds and material of shapes. cutouts: folder of RGBA cut-outs.
+
+    Raises:
+        DatasetError: no photos or cut-outs, or one cannot be read.
+    """
+
+    def __init__(self, photos: list[Path], cutouts: Path, seed: int) -> None:
+        self._photos, self._cutouts, self._seed = list_photos(photos), load_cutouts(cutouts), seed
+
+    def batch(self, step: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """Images float [count, 3, size, size] in [−1, 1]; ridges over the outlines [count, size, size] in [0, 1]."""
+        rng = np.random.default_rng([self._seed, step])
+        images, ridges = zip(*(self._scene(rng, size) for _ in range(count)), strict=True)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixels, torch.from_numpy(np.stack(ridges))
+
+    def _scene(self, rng: np.random.Generator, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        whole = size + MARGIN
+        background = self._crop(rng, whole)
+        cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._cutouts
+        scene = compose(rng, cutouts, background)
+        ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / 0.4, 0, 1)
+        top, left = rng.integers(0, MARGIN + 1, 2)
+        seen = np.s_[top : top + size, left : left + size]
+        rgb = scene.rgb[seen].astype(np.float32)
+        if rng.random() < BLURRED:
+            sigma = rng.uniform(*BLUR)
+            rgb = gaussian_filter(rgb, (sigma, sigma, 0))
+        return rgb, ridge[seen]
+
+    def _shapes(self, rng: np.random.Generator, background: RGB) -> list[Image.Image]:
+        """Shapes of photos whose mean colours come near the background's: there, texture alone tells them apart."""
+        shapes = []
+        for _ in range(int(rng.integers(2, 8))):
+            crop = self._crop(rng, SIDE).astype(np.float32)
+            nearer = crop + rng.uniform(0, NEARER) * (background.mean((0, 1)) - crop.mean((0, 1)))
+            shapes.append(cut_shape(rng, np.clip(nearer, 0, 255).astype(np.uint8)))
+        return shapes
+
+    def _crop(self, rng: np.random.Generator, size: int) -> RGB:
+        return random_crop(rng, open_photo(self._photos[rng.integers(len(self._photos))]), size)

@@ -1,0 +1,156 @@
+"""Self-training: a student becomes better by scenes of its own cut-outs, whose outlines it need not guess.
+
+The teacher's labels, and so the student, draw texture as well, and draw weakly where two things look alike. What the
+student cuts out of one photo and what is pasted over another has an outline that is known exactly. Elsewhere in the
+scene the student as it was is believed in part: real edges are there, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.student.decoder import EdgeDecoder
+from trace_sdk.student.distill_nano import change_light
+from trace_sdk.student.folder import AnyStudent
+from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
+from trace_sdk.student.own_scenes import OwnScenes
+from trace_sdk.training.averaged import AveragedTraining
+from trace_sdk.training.crops import step_generator
+from trace_sdk.training.loop import Report, train_until
+from trace_sdk.training.state import check_same_run, load_state, save_state
+
+BELIEVED = 0.4  # share of the student's own edge probability that it learns where nothing was pasted
+CALIBRATION = 1 << 30  # steps that training never reaches
+
+
+@dataclass(frozen=True)
+class SelfTrainSettings:
+    """What defines a run; a resumed run may only change `steps` and `learning_rate`.
+
+    Attributes:
+        steps: optimizer steps in all.
+        crops: scenes a step. size: their side in pixels, a multiple of what the student's sides are multiples of.
+    """
+
+    steps: int = 1500
+    crops: int = 8
+    size: int = 224
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def self_train(
+    student: AnyStudent,
+    scenes: OwnScenes,
+    out: Path,
+    settings: SelfTrainSettings,
+    *,
+    device: torch.device | str = "cpu",
+    save_seconds: float = 120,
+    report: Report = lambda step, losses: None,
+) -> AnyStudent:
+    """Train until `settings.steps`, going on from `out` if a run was cut there.
+
+    Of a student with a backbone the decoder learns alone. The new threshold draws as many pixels of scenes that were
+    not learnt from as the old one did.
+
+    Args:
+        student: where to start.
+        out: folder for the state and the finished student.
+
+    Raises:
+        ArgumentError: a setting is out of range, or `out` holds a run of another shape.
+        CheckpointError: the state in `out` cannot be read.
+    """
+    step = student.multiple_of
+    if settings.steps < 1 or settings.crops < 2 or settings.size < student.min_size or settings.size % step:
+        raise ArgumentError(
+            f"steps must be ≥ 1, crops ≥ 2, size a multiple of {step} from {student.min_size}; got {settings.steps}, "
+            f"{settings.crops}, {settings.size}."
+        )
+    trainer = _Trainer(student.to(device), scenes, settings, device)
+    train_until(settings.steps, trainer, out, save_seconds, report)
+    better = trainer.finished()
+    better.save(out, {"self_trained_steps": trainer.step, "settings": asdict(settings)})
+    return better
+
+
+class _Trainer:
+    """What learns: all of a convolutional student, the decoder of one with a backbone; as it was and as it becomes."""
+
+    def __init__(
+        self, student: AnyStudent, scenes: OwnScenes, settings: SelfTrainSettings, device: torch.device | str
+    ) -> None:
+        self.student, self.scenes, self.settings = student, scenes, settings
+        self.device, self.step = torch.device(device), 0
+        learner: nn.Module = student.decoder if isinstance(student, Student) else student
+        self.before = copy.deepcopy(learner).eval().requires_grad_(False)
+        self.training = AveragedTraining(learner.requires_grad_(True), settings.learning_rate, settings.steps)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        images, ridges = self.scenes.batch(step, self.settings.crops, self.settings.size)
+        return change_light(images, step_generator(self.settings.seed, step)), ridges
+
+    def train(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+        images, ridges = (x.to(self.device) for x in batch)
+        answers = self._answers(images)
+        with torch.no_grad():
+            before = answers(self.before)
+        logits = answers(self.training.model.train())
+        believed = BELIEVED * before.sigmoid() * (1 - ridges)
+        loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
+        self.training.step(loss, self.step)
+        self.step += 1
+        return {"loss": loss.item()}
+
+    def _answers(self, images: Tensor) -> Callable[[nn.Module], Tensor]:
+        """Logits of a learner for these images; the backbone, if there is one, runs once for all, in bf16."""
+        if not isinstance(self.student, Student):
+            return lambda learner: learner.logits(images)  # type: ignore[operator]
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            maps = [features.float() for features in self.student.maps(images)]
+        return lambda decoder: decoder(maps, images)
+
+    def finished(self) -> AnyStudent:
+        """The student with the averaged weights, and a threshold for them."""
+        threshold, average = self.calibrate(), self.training.average
+        if isinstance(self.student, Student) and isinstance(average, EdgeDecoder):
+            self.student.decoder = average
+        elif isinstance(average, NanoStudent):
+            self.student = average
+        self.student.threshold = threshold
+        return self.student
+
+    @torch.inference_mode()
+    def calibrate(self, batches: int = 6) -> float:
+        """The threshold that leaves as many edge pixels as the student had before at its own."""
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        for step in range(batches):
+            answers = self._answers(self.batch(CALIBRATION + step)[0].to(self.device))
+            before.append(answers(self.before).sigmoid().flatten())
+            after.append(answers(self.training.average).sigmoid().flatten())
+        share = float((torch.cat(before) >= self.student.threshold).float().mean())
+        ordered = torch.cat(after).sort(descending=True).values
+        return round(float(ordered[min(len(ordered) - 1, round(share * len(ordered)))]), 2)
+
+    def save(self, file: Path) -> None:
+        save_state(file, self.training.tensors(), self.step, asdict(self.settings))
+
+    def restore(self, file: Path) -> None:
+        tensors, step, settings = load_state(file)
+        check_same_run(file, settings, asdict(self.settings), ("crops", "size", "seed"))
+        try:
+            self.training.restore(tensors)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+        self.step = step
