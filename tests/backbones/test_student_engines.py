@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from trace_sdk import EdgeDetector
+from trace_sdk.backbones.families.sd3 import middle
 from trace_sdk.backbones.registry import families, open_backbone
 from trace_sdk.errors import EngineError
 from trace_sdk.export.onnx import export_onnx
@@ -55,11 +57,19 @@ def test_engine(name: str, open_tiny: Any, tmp_path: Path) -> None:
     check(student_of(open_tiny(name).folder), tmp_path / "tiny.onnx")
 
 
+def test_positions_of_sd3_are_the_models_own(open_tiny: Any) -> None:
+    positions = open_tiny("sd3").backbone.denoiser.pos_embed
+    for most, table in ((32, positions.pos_embed), (31, positions.pos_embed[:, : 31 * 31])):
+        own = SimpleNamespace(pos_embed_max_size=most, pos_embed=table, patch_size=2)
+        for size in ((16, 18), (20, 22), (2, 60)):
+            assert torch.equal(middle(own, *size), type(positions).cropped_pos_embed(own, *size))
+
+
 def test_engine_without_what_lies_behind_the_last_block_read(open_tiny: Any, tmp_path: Path) -> None:
     model = check(student_of(open_tiny("pixart").folder, blocks=(0,)), tmp_path / "tiny.onnx")
     weights = [tensor.name for tensor in model.graph.initializer]
     assert any(".vae.encoder." in name for name in weights), "the VAE is in the graph"
-    behind = ("transformer_blocks.1", "proj_out", "attn2", ".ff.", "caption_projection", "timestep_embedder")
+    behind = ("transformer_blocks.1", "proj_out", "attn2", ".ff.", "caption_projection", "timestep_embedder.linear")
     assert not [name for name in weights if any(part in name for part in behind)]
 
 

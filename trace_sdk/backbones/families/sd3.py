@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +35,17 @@ class StableDiffusion3(LatentBackbone):
         tokens, _, pooled, _ = pipeline.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
         return {"tokens": tokens, "pooled": pooled}
 
+    @contextmanager
+    def as_graph(self) -> Iterator[None]:
+        """Positions are cut out of their table at (most − side)//2, which ONNX, halving towards zero, gets wrong."""
+        positions = self.denoiser.pos_embed
+        positions.cropped_pos_embed = partial(middle, positions)
+        try:
+            with super().as_graph():
+                yield
+        finally:
+            del positions.cropped_pos_embed
+
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         answer: Tensor = self.denoiser(
             x_t, prompt["tokens"], prompt["pooled"], self.noising.timestep(t), return_dict=False
@@ -41,3 +55,13 @@ class StableDiffusion3(LatentBackbone):
     @property
     def most_tokens(self) -> int:
         return int(self.denoiser.config.pos_embed_max_size)
+
+
+def middle(positions: Any, *latents: int) -> Tensor:
+    """The middle of a `PatchEmbed`'s table for latents of that size, [1, tokens, d], by halves of positive numbers."""
+    most = positions.pos_embed_max_size
+    table: Tensor = positions.pos_embed.unflatten(1, (most, most))
+    for axis, side in enumerate(latents, start=1):
+        tokens = side // positions.patch_size
+        table = table.narrow(axis, most // 2 - (tokens + 1 - most % 2) // 2, tokens)
+    return table.flatten(1, 2)
