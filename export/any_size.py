@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 
 from trace_sdk.detector import EdgeDetector
-from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, seal, verify_seal
+from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, check_one_file, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError, MissingExtraError, ParityError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
     manifest = Manifest.from_metadata({entry.key: entry.value for entry in model.metadata_props}, source)
     if manifest.input == ANY_SIZE:
         raise EngineError(f"{source}: takes photos of any size already.")
+    check_one_file(manifest, source, "scaling in the graph")
     whole = _wrapped(model, manifest, output)
     for key, value in dataclasses.replace(manifest, input=ANY_SIZE, output=output).metadata().items():
         whole.metadata_props.add(key=key, value=value)

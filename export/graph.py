@@ -84,8 +84,8 @@ def fold_constants(student: Student) -> None:
     for name, _ in list(denoiser.named_modules()):
         if not name or name.startswith(gone):
             continue
-        value = one.get(name)
-        if value is not None and two[name] is not None and torch.equal(value, two[name]):
+        value, again = one.get(name), two.get(name)
+        if value is not None and again is not None and torch.equal(value, again):
             denoiser.set_submodule(name, _Constant(value))
             gone += (f"{name}.",)
 

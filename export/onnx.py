@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,16 +37,26 @@ from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.quality import DRAWN_SIDE, OdsChange, ods, pictures_with_truth
 from trace_sdk.export.quality import LIMITS as ODS_LIMITS
 from trace_sdk.export.report import ExportReport
-from trace_sdk.export.verify import PARITY_LIMIT_INT8, answers, measure_change, open_session, shapes_tried, verify
+from trace_sdk.export.verify import (
+    PARITY_LIMIT_INT8,
+    Model,
+    answers,
+    measure_change,
+    open_session,
+    shapes_tried,
+    verify,
+)
+from trace_sdk.export.weights import ONE_FILE, move_in, move_out, stored_bytes
 from trace_sdk.images import read_image
 from trace_sdk.machine import commit
 from trace_sdk.network_input import fit, padded_length
 from trace_sdk.student.folder import AnyStudent
 
 OPSET = 18
+MOST_IMAGES = 63  # in a batch; from 64 on a UNet orders its memory otherwise, which a graph has no part in
 PRECISIONS = ("fp32", "fp16", *KINDS, "int8")
 OPSET_BF16 = 22  # the first whose convolutions have bf16
-LARGEST = 2**31 - 2**24  # bytes of float32 weights; a protobuf holds 2 GiB, and the graph needs some of it
+TRACED = "traced.onnx"  # its weights beside it
 CALIBRATION_PHOTOS = 64
 
 
@@ -53,7 +67,7 @@ def export_onnx(
     name: str,
     precision: str = "fp16",
     default_size: int | None = None,
-    max_size: int = 768,
+    max_size: int | None = None,
     photos: Sequence[Path] = (),
     calibration: str = "entropy",
     annotated: Path | None = None,
@@ -65,13 +79,15 @@ def export_onnx(
 ) -> ExportReport:
     """Write `student` as an engine file, and tell what was measured on the way.
 
+    Where one ONNX file cannot hold the weights, they lie beside it in OUT.data, whose sha256 the engine keeps.
+
     Args:
         precision: "fp32" or "fp16" weights, arithmetic in fp32; "fp16-mixed" or "bf16", 16-bit products for GPUs, see
             `trace_sdk.export.mixed`; "int8" weights and activations, see `trace_sdk.export.int8`. The last three in
             each layer whose answers allow it.
         default_size: longest side in pixels that the network sees unless the caller says otherwise; None: the
             student's own.
-        max_size: longest side in one piece; larger images go by tiles.
+        max_size: longest side in one piece; larger images go by tiles. None: the student's own.
         photos: for int8, and if wanted for 16-bit products, pictures like those the engine will see; of more than 64,
             64 evenly spread are taken.
         calibration: for int8, "entropy", "percentile" or "minmax".
@@ -84,7 +100,7 @@ def export_onnx(
     Raises:
         ArgumentError: an unknown precision or calibration, too few `photos`, or `photos` that precision does not take.
         DatasetError: `annotated` holds no data set.
-        EngineError: the student is too large for one ONNX file.
+        EngineError: the student's family has no graph, or it is too large for what was asked.
         ParityError: the graph's answers differ from PyTorch's, or fewer bits change them too much, or cost more of
             ODS on `annotated` than is allowed; nothing is written.
         ImageError: a photo cannot be read.
@@ -109,11 +125,17 @@ def export_onnx(
         )
     if output != "float32" and not any_size:
         raise ArgumentError(f"output={output!r} needs scaling in the graph (--any-size).")
-    weights = 4 * sum(value.numel() for value in student.parameters())
-    if weights > LARGEST:
+    if student.no_graph:
         raise EngineError(
-            f"The weights take {weights / 1e9:.1f} GB as float32; one ONNX file holds 2 GB, and an engine is one file "
-            "so that its sha256 covers all of it. Distil into a smaller backbone."
+            f"Students of {student.family} cannot be exported: {student.no_graph}. Run the folder itself, in torch "
+            "(runtime='torch')."
+        )
+    weights = 4 * sum(value.numel() for value in student.parameters())
+    large = weights > ONE_FILE
+    if large and (precision not in ("fp32", "fp16") or any_size):
+        raise EngineError(
+            f"The weights take {weights / 1e9:.1f} GB as float32, which lie beside the graph; scaling in the graph and "
+            f"{precision} need one file, which holds 2 GB. Export at fp16 without --any-size."
         )
     padded = partial(padded_length, multiple_of=student.multiple_of, min_size=student.min_size)
     side = padded(min(default_size, 256))
@@ -128,109 +150,130 @@ def export_onnx(
         fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in _spread(photos, CALIBRATION_PHOTOS)
     ]
 
-    note("tracing the graph")
-    graph = EngineGraph(student, half_weights=precision in ("fp16", "int8"))
-    exact = EngineGraph(student, half_weights=False)
-    opset = OPSET_BF16 if precision == "bf16" else OPSET
-    model = _to_onnx(graph) if opset == OPSET else _to_onnx(graph, opset)
-    note("checking it against PyTorch")
-    float_model = model.SerializeToString()
-    parity = verify(float_model, graph)
-    change, change_on, layers = None, "", None
-    on_cpu: onnx.ModelProto | None = None  # what stands in for an engine that no CPU runs
-    if precision == "int8":
-        quantised = quantise(model, fitted, student.threshold, calibration=calibration, note=note)
-        model, change = quantised.model, quantised.change
-        change_on = f"{quantised.measured_on} photos not calibrated on"
-        layers = {key: value for key, value in vars(quantised).items() if key not in ("model", "change")}
-    elif precision in KINDS:
-        pictures, change_on = (fitted, f"{len(fitted)} photos") if fitted else (_blobs(side), "random blobs")
-        lowered = lower(model, precision, pictures, student.threshold, note=note)
-        model, on_cpu, change = lowered.model, lowered.stand_in, lowered.change
-        layers = {key: value for key, value in vars(lowered).items() if key not in ("model", "stand_in", "change")}
-        onnx.checker.check_model(model, full_check=True)
-    if precision in ("fp16", "int8"):
-        store_weights_in_fp16(model)
-    stored = model.SerializeToString()
-    answering = stored if on_cpu is None else on_cpu.SerializeToString()
-    if precision == "int8" or precision in KINDS:
-        note("checking fewer bits against PyTorch")
-        cuts = _cuts(fitted or _blobs(side), graph.student.multiple_of)
-        limit = PARITY_LIMIT_INT8 if precision == "int8" else 2 * LIMITS[precision]
-        parity = verify(answering, graph, cuts, statistic=np.mean, limit=limit)
-        if precision == "fp16-mixed":  # a CPU runs it in its own way: a wrong cast would show
-            verify(stored, graph, cuts, statistic=np.mean, limit=limit)
-    elif precision == "fp16":
-        verify(stored, graph)
-        pictures, change_on = _blobs(side), "random blobs"
-        expected = [unrounded(picture) for picture in pictures]
-        change = measure_change(expected, answers(stored, pictures), student.threshold)
-    edges = None
-    if precision != "fp32":
-        note("comparing edges with known boundaries")
-        edges = _ods_change(unrounded, answering, annotated, precision, default_size, padded)
-        if edges.annotated and not edges.kept:
-            raise ParityError(
-                f"ODS falls from {edges.before:.3f} to {edges.after:.3f} on {edges.sample}; {edges.limit:g} is "
-                "allowed. No file was written. Calibrate on other photos, or export at a higher precision."
-            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.parent.glob(f".{out.name}.*/"):  # of an export that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        work = Path(folder)
+        note("tracing the graph")
+        graph = EngineGraph(student, half_weights=precision in ("fp16", "int8"))
+        exact = EngineGraph(student, half_weights=False)
+        opset = OPSET_BF16 if precision == "bf16" else OPSET
+        model = _to_onnx(graph, opset, work if large else None)
+        note("checking it against PyTorch")
+        float_model: Model = work / TRACED if large else model.SerializeToString()
+        float_bytes = stored_bytes(model) if isinstance(float_model, Path) else len(float_model)
+        parity = verify(float_model, graph)
+        change, change_on, layers = None, "", None
+        on_cpu: onnx.ModelProto | None = None  # what stands in for an engine that no CPU runs
+        if precision == "int8":
+            quantised = quantise(model, fitted, student.threshold, calibration=calibration, note=note)
+            model, change = quantised.model, quantised.change
+            change_on = f"{quantised.measured_on} photos not calibrated on"
+            layers = {key: value for key, value in vars(quantised).items() if key not in ("model", "change")}
+        elif precision in KINDS:
+            pictures, change_on = (fitted, f"{len(fitted)} photos") if fitted else (_blobs(side), "random blobs")
+            lowered = lower(model, precision, pictures, student.threshold, note=note)
+            model, on_cpu, change = lowered.model, lowered.stand_in, lowered.change
+            layers = {key: value for key, value in vars(lowered).items() if key not in ("model", "stand_in", "change")}
+            onnx.checker.check_model(model, full_check=True)
+        if precision in ("fp16", "int8"):
+            store_weights_in_fp16(model, work)
+        data: dict[str, Any] = {}
+        if stored_bytes(model) > ONE_FILE:
+            data = move_out(model, work, work / f"{out.name}.data")
+        elif large:
+            move_in(model, work)
+        stored = model.SerializeToString()
+        held: Model = stored
+        if data:
+            held = work / "stored.onnx"
+            held.write_bytes(stored)
+        answering = stored if on_cpu is None else on_cpu.SerializeToString()
+        if precision == "int8" or precision in KINDS:
+            note("checking fewer bits against PyTorch")
+            cuts = _cuts(fitted or _blobs(side), graph.student.multiple_of)
+            limit = PARITY_LIMIT_INT8 if precision == "int8" else 2 * LIMITS[precision]
+            parity = verify(answering, graph, cuts, statistic=np.mean, limit=limit)
+            if precision == "fp16-mixed":  # a CPU runs it in its own way: a wrong cast would show
+                verify(stored, graph, cuts, statistic=np.mean, limit=limit)
+        elif precision == "fp16":
+            verify(held, graph)
+            pictures, change_on = _blobs(side), "random blobs"
+            expected = [unrounded(picture) for picture in pictures]
+            change = measure_change(expected, answers(held, pictures), student.threshold)
+        edges = None
+        if precision != "fp32":
+            note("comparing edges with known boundaries")
+            edges = _ods_change(unrounded, answering, annotated, precision, default_size, padded)
+            if edges.annotated and not edges.kept:
+                raise ParityError(
+                    f"ODS falls from {edges.before:.3f} to {edges.after:.3f} on {edges.sample}; {edges.limit:g} is "
+                    "allowed. No file was written. Calibrate on other photos, or export at a higher precision."
+                )
 
-    manifest = Manifest(
-        name=name,
-        trace_sdk_version=__version__,
-        backbone=student.family,
-        backbone_sha256=student.weights_sha256(),
-        decoder=student.decoder_name,
-        multiple_of=student.multiple_of,
-        min_size=student.min_size,
-        max_size=max_size,
-        default_size=default_size,
-        threshold=student.threshold,
-        precision=precision,
-        opset=opset,
-        producers={
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-        quality=quality or {},
-        parity=parity,
-        licence=licence,
-        created=datetime.now(UTC).strftime("%Y-%m-%d"),
-        commit=commit() or "",
-    )
-    for key, value in manifest.metadata().items():
-        model.metadata_props.add(key=key, value=value)
-    sealed = seal(model.SerializeToString())
-    if any_size:
-        note("putting scaling into the graph")
-        sealed = take_any_size(sealed, name, output=output)
-        model = onnx.load_from_string(sealed)
-    note("timing an answer")
-    timed = [float_model] if precision == "bf16" else [float_model, sealed]
-    float_milliseconds, *milliseconds = _milliseconds(timed, padded(default_size))
-    write_bytes(out, sealed)
-    return ExportReport(
-        engine=name,
-        sha256=verify_seal(sealed, out),
-        precision=precision,
-        parity=parity,
-        change=change,
-        change_on=change_on,
-        file_bytes=len(sealed),
-        float_bytes=len(float_model),
-        nodes=len(model.graph.node),
-        milliseconds=milliseconds[0] if milliseconds else None,
-        float_milliseconds=float_milliseconds,
-        layers=layers,
-        ods=edges,
-        seconds=time.perf_counter() - start,
-    )
+        manifest = Manifest(
+            name=name,
+            trace_sdk_version=__version__,
+            backbone=student.family,
+            backbone_sha256=student.weights_sha256(),
+            decoder=student.decoder_name,
+            multiple_of=student.multiple_of,
+            min_size=student.min_size,
+            max_size=max_size or student.max_size,
+            default_size=default_size,
+            threshold=student.threshold,
+            precision=precision,
+            opset=opset,
+            producers={
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+            },
+            quality=quality or {},
+            parity=parity,
+            licence=licence,
+            created=datetime.now(UTC).strftime("%Y-%m-%d"),
+            commit=commit() or "",
+            data=data,
+        )
+        for key, value in manifest.metadata().items():
+            model.metadata_props.add(key=key, value=value)
+        sealed = seal(model.SerializeToString())
+        if any_size:
+            note("putting scaling into the graph")
+            sealed = take_any_size(sealed, name, output=output)
+            model = onnx.load_from_string(sealed)
+        note("timing an answer")
+        timed: list[Model] = [float_model] if precision == "bf16" else [float_model, held if data else sealed]
+        float_milliseconds, *milliseconds = _milliseconds(timed, padded(default_size))
+        if data:
+            # Whole before it appears, and before what names it; a load in between says that the two don't fit.
+            with (work / data["file"]).open("rb") as written:
+                os.fsync(written.fileno())
+            (work / data["file"]).replace(out.with_name(data["file"]))
+        write_bytes(out, sealed)
+        return ExportReport(
+            engine=name,
+            sha256=verify_seal(sealed, out),
+            precision=precision,
+            parity=parity,
+            change=change,
+            change_on=change_on,
+            file_bytes=len(sealed) + data.get("bytes", 0),
+            float_bytes=float_bytes,
+            nodes=len(model.graph.node),
+            milliseconds=milliseconds[0] if milliseconds else None,
+            float_milliseconds=float_milliseconds,
+            layers=layers,
+            ods=edges,
+            seconds=time.perf_counter() - start,
+        )
 
 
 def _ods_change(
     unrounded: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
-    model: bytes,
+    model: Model,
     annotated: Path | None,
     precision: str,
     default_size: int,
@@ -265,7 +308,7 @@ def _blobs(side: int) -> list[NDArray[np.uint8]]:
     return [np.array(PIL.Image.fromarray(one).resize((side, side)))[None] for one in rough]
 
 
-def _milliseconds(models: Sequence[bytes], side: int) -> list[float]:
+def _milliseconds(models: Sequence[Model], side: int) -> list[float]:
     """Median answer of each to a square, of three after one that doesn't count, in turn."""
     sessions = [open_session(model) for model in models]
     times: list[list[float]] = [[] for _ in sessions]
@@ -277,15 +320,23 @@ def _milliseconds(models: Sequence[bytes], side: int) -> list[float]:
     return [median(taken[1:]) for taken in times]
 
 
-def _to_onnx(graph: EngineGraph, opset: int = OPSET) -> onnx.ModelProto:
+def _to_onnx(graph: EngineGraph, opset: int = OPSET, work: Path | None = None) -> onnx.ModelProto:
+    """The graph with its weights inside; or, given a folder, as TRACED in it, with the weights beside that."""
     # A batch of 2: with 1 the exporter bakes the batch in without a word.
     step = graph.student.multiple_of
     least = graph.student.min_size // step
     example = torch.zeros(2, 12 * step, 16 * step, 3, dtype=torch.uint8)
-    shapes = {"image": {0: Dim("batch"), 1: step * Dim("rows", min=least), 2: step * Dim("columns", min=least)}}
+    shapes = {
+        "image": {
+            0: Dim("batch", max=MOST_IMAGES),
+            1: step * Dim("rows", min=least),
+            2: step * Dim("columns", min=least),
+        }
+    }
     for chatty in ("torch.onnx", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    backbone = getattr(graph.student, "backbone", None)
+    with warnings.catch_warnings(), backbone.as_graph() if backbone else nullcontext():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
@@ -295,11 +346,13 @@ def _to_onnx(graph: EngineGraph, opset: int = OPSET) -> onnx.ModelProto:
             input_names=["image"],
             output_names=["edge_probability"],
             dynamic_shapes=shapes,
-            external_data=False,
+            external_data=work is not None,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    if work is not None:
+        program.save(work / TRACED, external_data=True)
+    model = program.model_proto if work is None else onnx.load(work / TRACED, load_external_data=False)
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.functions):
         del part.metadata_props[:]  # stack traces of the machine that exported, as large as a small engine
         part.doc_string = ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.cuda import gpu_name
-from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_seal
+from trace_sdk.engines.manifest import ANY_SIZE, Manifest, check_one_file, verify_seal
 from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
 from trace_sdk.engines.tensorrt import PACKAGES, check_built, load_package
 from trace_sdk.errors import ArgumentError, EngineError
@@ -62,6 +62,7 @@ def build(
             f"{source}: scales inside its graph with integers that TensorRT does not have. Give the engine that it "
             "was made of; EdgeDetector scales."
         )
+    check_one_file(manifest, source, runtime)
     package = load_package(runtime)
     gpu = gpu_name(device) if runtime == "tensorrt" else ANY_GPU
     best = padded_length(manifest.default_size, manifest.multiple_of, manifest.min_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -15,9 +17,14 @@ from trace_sdk.errors import ParityError
 from trace_sdk.export.graph import EngineGraph
 
 SHAPES = ((1, 8, 8), (1, 16, 9), (3, 12, 20))  # batch, height and width in steps; none is the one exported with
+LARGE_STEP = 32  # pixels; where steps are larger, fewer are taken: attention grows with the fourth power of a side
 TOLERANCE = 1e-4  # largest difference of a float engine from PyTorch
 CHANGE_LIMIT = 0.01  # mean change of the probability that 8 bits may make on photos
 PARITY_LIMIT_INT8 = 0.03  # the same at SHAPES, small cuts of photos, where one object fills the picture
+
+
+Model: TypeAlias = bytes | Path
+"""A serialised model, or a file whose weights may lie beside it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Change:
 
 
 def verify(
-    model: bytes,
+    model: Model,
     graph: EngineGraph,
     images: Sequence[NDArray[np.uint8]] | None = None,
     *,
@@ -76,18 +83,22 @@ def verify(
 
 def shapes_tried(step: int) -> list[tuple[int, int, int]]:
     """(batch, height, width) at which an engine that takes multiples of `step` pixels is checked."""
-    return [(batch, rows * step, columns * step) for batch, rows, columns in SHAPES]
+
+    def length(steps: int) -> int:
+        return step * (-(-steps * LARGE_STEP // step) if step > LARGE_STEP else steps)
+
+    return [(batch, length(rows), length(columns)) for batch, rows, columns in SHAPES]
 
 
-def open_session(model: bytes | onnx.ModelProto) -> onnxruntime.InferenceSession:
+def open_session(model: Model | onnx.ModelProto) -> onnxruntime.InferenceSession:
     """On the CPU, without warnings."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    data = model if isinstance(model, bytes) else model.SerializeToString()
+    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def answers(model: bytes | onnx.ModelProto, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+def answers(model: Model | onnx.ModelProto, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
     """Edge probability [B, H, W] of each of `images`, uint8 [B, H, W, 3]."""
     session = open_session(model)
     return [session.run(None, {"image": image})[0] for image in images]

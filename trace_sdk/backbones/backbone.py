@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -124,6 +125,10 @@ class StudentBackbone(Backbone, Protocol):
     @property
     def most_tokens(self) -> int | None:
         """Longest side of an image in tokens, where the model has learnt positions; None for any."""
+        ...
+
+    def as_graph(self) -> AbstractContextManager[None]:
+        """While it is traced for an export."""
         ...
 
     def save(self, folder: str | Path) -> None:

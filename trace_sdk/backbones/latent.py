@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -228,9 +229,7 @@ class LatentBackbone(Placed):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → X_0: the VAE's mean, scaled as the denoiser was trained; always in fp32, which it may need."""
-        if torch.compiler.is_exporting():
-            self.vae.use_slicing = False  # a loop over the batch, whose length a graph leaves open
-        else:
+        if not torch.compiler.is_exporting():
             self._check_size(images.shape[-2], images.shape[-1])
             self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
         with torch.autocast(images.device.type, enabled=False):
@@ -246,6 +245,15 @@ class LatentBackbone(Placed):
         config = self.vae.config
         scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
         return scaled
+
+    @contextmanager
+    def as_graph(self) -> Iterator[None]:
+        """While it is traced for an export: what would bind the graph to one batch or size is put aside."""
+        self.vae.disable_slicing()  # a loop over the batch
+        try:
+            yield
+        finally:
+            self.vae.enable_slicing()
 
     def image_tokens(self, queries: int, latents: tuple[int, int]) -> tuple[slice, tuple[int, int]]:
         """Where the image's tokens lie in a call of so many queries, and their grid, for X_t of that size."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ class PixelBackbone(Placed):
     def total_heads(self) -> int:
         """Heads of all blocks together."""
         return self.heads * self.self_attention_blocks
+
+    def as_graph(self) -> AbstractContextManager[None]:
+        """It is a graph for any size as it is."""
+        return nullcontext()
 
     def encode(self, images: Tensor) -> Tensor:
         """X_0 is the image itself."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +17,7 @@ PADDED, ANY_SIZE = "padded", "any size"
 ANSWER_TYPES = ("float32", "float16", "uint8")
 _MARKER = b"trace-sha256:"
 _PLACEHOLDER = b"0" * 64
+_NEWER = {"format_version", "input", "output", "data"}  # fields that not every engine has
 _SEAL = re.compile(re.escape(_MARKER) + rb"([0-9a-f]{64})")
 
 
@@ -48,6 +49,7 @@ class Manifest:
             `default_size`, and answers at the photo's own size; `multiple_of`, `min_size` and `max_size` are then those
             of the network inside.
         output: dtype of the answers, "float32" or "float16" in [0, 1], or "uint8", 255 times that.
+        data: of weights that one file cannot hold: name of the file beside it that has them, bytes, sha256; else empty.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     input: str = PADDED
     output: str = "float32"
+    data: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """The ONNX metadata_props of this engine; the sha256 is filled in by `seal`."""
@@ -152,6 +155,41 @@ def verify_seal(model: bytes, path: str | Path) -> str:
     return said
 
 
+def verify_data(manifest: Manifest, path: str | Path) -> Path | None:
+    """Check the weights that lie beside an engine file; the folder they are in, or None where all are inside.
+
+    Raises:
+        EngineError: the file is missing, cut short, or not the one that was exported; names it and says what to do.
+    """
+    if not manifest.data:
+        return None
+    try:
+        name, size, sha256 = str(manifest.data["file"]), manifest.data["bytes"], manifest.data["sha256"]
+    except KeyError as error:
+        raise EngineError(f"{path}: its manifest says too little of its weights. Export it again.") from error
+    file = Path(path).with_name(Path(name).name)
+    again = f"Copy it again from where {Path(path).name} came from, or export the student again."
+    if not file.is_file():
+        raise EngineError(f"{file} is missing: {Path(path).name} keeps its weights there. {again}")
+    if file.stat().st_size != size:
+        raise EngineError(
+            f"{file} has {file.stat().st_size:,} bytes instead of {size:,}: cut short or of another engine. {again}"
+        )
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            raise EngineError(f"{file} does not hold the weights of {Path(path).name} (sha256 differs). {again}")
+    return file.parent
+
+
+def check_one_file(manifest: Manifest, path: str | Path, what: str) -> None:
+    """Raise EngineError if weights lie beside an engine file, where `what` needs them inside."""
+    if manifest.data:
+        raise EngineError(
+            f"{path}: {what} needs an engine in one file, and its weights lie beside it in {manifest.data['file']}. "
+            "Use it as it is, with onnxruntime."
+        )
+
+
 def _digits(model: bytes, path: str | Path) -> int:
     places = [match.start(1) for match in _SEAL.finditer(model)]
     if not places:
@@ -171,8 +209,7 @@ def _check_fields(record: dict[str, Any], path: str | Path) -> None:
     kinds = {"str": str, "int": int, "float": (int, float), "dict": dict}
     hints = get_type_hints(Manifest)
     expected = {field.name: getattr(hints[field.name], "__name__", "dict") for field in fields(Manifest)}
-    # A field with a default is newer than some engines.
-    absent = {field.name for field in fields(Manifest) if field.default is not MISSING} - record.keys()
+    absent = _NEWER - record.keys()
     wrong = sorted((expected.keys() ^ record.keys()) - absent) or sorted(
         name
         for name, kind in expected.items()

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.binding import BoundSession
 from trace_sdk.engines.gpu_thread import GpuThread
-from trace_sdk.engines.manifest import Manifest, verify_seal
+from trace_sdk.engines.manifest import Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.providers import CPU, Provider, open_session, open_tensorrt
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
@@ -57,7 +58,7 @@ class OnnxEngine:
         self.manifest = Manifest.from_metadata(read_metadata(model, source), source)
         known = shapes(self.manifest)
         self._source = source
-        start = partial(_session, model, source, self.threads)
+        start = partial(_session, model, source, self.threads, verify_data(self.manifest, source))
         if self.manifest.precision == "bf16":
             start = partial(_not_on_a_cpu, start, source)
         if tensorrt:
@@ -128,10 +129,14 @@ def _not_on_a_cpu(
     return start(providers)
 
 
-def _session(model: bytes, source: str, threads: int, providers: list[Provider]) -> onnxruntime.InferenceSession:
+def _session(
+    model: bytes, source: str, threads: int, beside: Path | None, providers: list[Provider]
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if beside is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside.resolve()))
     try:
         # Its own fallback would start, or go on, on the CPU with a line on stdout as the only sign.
         return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=False)

@@ -18,8 +18,6 @@ from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.errors import EngineError, MissingExtraError
 
-MAX_SIZE = 768  # as `trace-sdk export` has it
-
 
 class TorchEngine:
     """One student on one device. Safe to call from many threads: answers are made one after another.
@@ -73,7 +71,7 @@ class TorchEngine:
             decoder=student.decoder_name,
             multiple_of=student.multiple_of,
             min_size=student.min_size,
-            max_size=MAX_SIZE,
+            max_size=student.max_size,
             default_size=student.default_size,
             threshold=student.threshold,
             precision="fp32",

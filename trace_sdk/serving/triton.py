@@ -13,7 +13,7 @@ from pathlib import Path
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.buckets import bucket_shapes, checked_buckets
 from trace_sdk.engines import ON_GPU, read_engine
-from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_seal
+from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.plan import MAGIC, Built, unpack
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
@@ -82,6 +82,7 @@ def write_repository(
         raise ArgumentError(f"{name} scales photos inside its graph, so buckets cannot be chosen.")
     if served.built is not None:
         _check_plan(served.built, source, max_batch, bool(sides))
+    beside = verify_data(manifest, source)
     target = Path(folder, name)
     if target.exists():
         raise OutputError(f"{target} exists already. Remove it, or give another folder.")
@@ -96,6 +97,8 @@ def write_repository(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
         made = Path(building, name)
         write_bytes(made / f"1/model.{'onnx' if served.built is None else 'plan'}", served.model)
+        if beside is not None:
+            shutil.copyfile(beside / manifest.data["file"], made / "1" / manifest.data["file"])
         write_text(made / "config.pbtxt", _configuration(served, max_batch, sides))
         made.rename(target)
     return target

@@ -1,8 +1,8 @@
 """The edge decoder G_φ (paper 3.4): per-head divergence at t = 0 and a shallow image stem → edge logits.
 
-The features say where instances part, on the backbone's grids of 8 px tokens or larger ones; the colour gradient says exactly where the picture
-changes. The decoder answers with the gradient's log-odds plus what it has learnt to add: untrained it is the colour
-gradient, and every step of training is spent on which of its edges are an instance's.
+The features say where instances part, on the backbone's grids of 8 px tokens or larger ones; the colour gradient says
+exactly where the picture changes. The decoder answers with the gradient's log-odds plus what it has learnt to add:
+untrained it is the colour gradient, and every step of training is spent on which of its edges are an instance's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from trace_sdk.training.processes import SharedBatchNorm2d
 class EdgeDecoder(nn.Module):
     """Features [B, C_k, H_k, W_k] of each block and image [B, 3, H, W] in [−1, 1] → edge logits [B, H, W].
 
-    Features of coarser grids are enlarged to the finest, bilinearly. No layer takes statistics over the image, so a tile's answer depends only on what lies near it.
+    Features of coarser grids are enlarged to the finest, bilinearly. No layer takes statistics over the image, so a
+    tile's answer depends only on what lies near it.
+
+    Args:
+        channels: ΣC_k.
     """
 
     def __init__(self, channels: int, width: int = 48) -> None:

@@ -39,6 +39,8 @@ class NanoStudent(nn.Module):
     family = "convolutional"
     decoder_name = "side-outputs"
     default_size = 512  # longest side that the network sees unless told otherwise, pixels
+    max_size = 768  # longest side in one piece, pixels
+    no_graph = ""
     multiple_of = 32
     min_size = 32
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,14 +30,22 @@ class PixArt(LatentBackbone):
         tokens, mask, _, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
         return {"tokens": tokens, "mask": mask}
 
+    @contextmanager
+    def as_graph(self) -> Iterator[None]:
+        positions = self.denoiser.pos_embed
+        height, positions.height = positions.height, None  # the one size whose positions are kept
+        try:
+            with super().as_graph():
+                yield
+        finally:
+            positions.height = height
+
     def denoise(self, x_t: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.use_additional_conditions:  # α at 1024 px
             height, width = (side * self.latent_side for side in x_t.shape[-2:])
             sizes["resolution"] = numbers(x_t, height, width)
             sizes["aspect_ratio"] = numbers(x_t, height / width)
-        if torch.compiler.is_exporting():
-            self.denoiser.pos_embed.height = None  # positions kept for one size would bind the graph to it
         answer: Tensor = self.denoiser(
             x_t,
             encoder_hidden_states=prompt["tokens"],
