@@ -54,7 +54,8 @@ from trace_sdk.engines import BUNDLED, read_engine
 @click.option(
     "--default-size",
     type=int,
-    help="Longest side in px that the network sees unless told otherwise.  [default: 448; of a nano student 512]",
+    help="Longest side in px that the network sees unless told otherwise.  [default: what the student was made for: "
+    "448 on the pixel backbone, 512 of nano, a latent model's own size]",
 )
 @click.option(
     "--runtime",
