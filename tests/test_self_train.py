@@ -133,6 +133,10 @@ def test_outlines_are_learnt_and_the_rest_fades(plain: Path, cutouts: Path, tmp_
         return float((student.logits(images).sigmoid() - ridges).abs().mean())
 
     assert isinstance(after, NanoStudent)
+    with torch.inference_mode():
+        drawn = after.logits(images).sigmoid() >= after.threshold
+    outline = ridges > 0.5
+    assert float((drawn & outline).sum()) > 0.5 * float(outline.sum())  # the threshold suits the outlines
     assert error(after) < 0.8 * error(before)
 
 

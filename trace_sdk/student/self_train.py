@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
 from trace_sdk.student.folder import AnyStudent
@@ -60,8 +61,7 @@ def self_train(
 ) -> AnyStudent:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
 
-    Of a student with a backbone the decoder learns alone. The new threshold draws as many pixels of scenes that were
-    not learnt from as the old one did.
+    Of a student with a backbone the decoder learns alone. The threshold is chosen on scenes that were not learnt from.
 
     Args:
         student: where to start.
@@ -132,16 +132,20 @@ class _Trainer:
 
     @torch.inference_mode()
     def calibrate(self, batches: int = 6) -> float:
-        """The threshold that leaves as many edge pixels as the student had before at its own."""
-        before: list[Tensor] = []
-        after: list[Tensor] = []
+        """The threshold of the best F-measure on outlines of scenes that were not learnt from.
+
+        Where nothing was pasted and the student before drew an edge, nobody knows: those pixels are left out.
+        """
+        probabilities: list[Tensor] = []
+        truths: list[Tensor] = []
         for step in range(batches):
-            answers = self._answers(self.batch(CALIBRATION + step)[0].to(self.device))
-            before.append(answers(self.before).sigmoid().flatten())
-            after.append(answers(self.training.average).sigmoid().flatten())
-        share = float((torch.cat(before) >= self.student.threshold).float().mean())
-        ordered = torch.cat(after).sort(descending=True).values
-        return round(float(ordered[min(len(ordered) - 1, round(share * len(ordered)))]), 2)
+            images, ridges = (x.to(self.device) for x in self.batch(CALIBRATION + step))
+            answers = self._answers(images)
+            outline = ridges > 0.5
+            known = outline | (answers(self.before).sigmoid() < self.student.threshold)
+            probabilities.append(answers(self.training.average).sigmoid()[known])
+            truths.append(outline[known])
+        return best_threshold(torch.cat(probabilities), torch.cat(truths))[0]
 
     def save(self, file: Path) -> None:
         save_state(file, self.training.tensors(), self.step, asdict(self.settings))
