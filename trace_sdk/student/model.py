@@ -232,6 +232,10 @@ class Student(nn.Module):
     def load(cls, folder: str | Path) -> Student:
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
+        if not (folder / "backbone").is_dir():  # which might else be looked for on the hub
+            raise CheckpointError(
+                f"{folder} is not a whole student: it has no backbone/. Give what `trace-sdk distill -o` wrote."
+            )
         backbone = open_backbone(folder / "backbone")
         try:
             about = json.loads((folder / "student.json").read_text())

@@ -14,7 +14,7 @@ def check_crops(sizes: tuple[int, ...], tokens: int, multiple_of: int = PATCH, m
     """Raise ArgumentError unless every size suits the backbone and fits into a step of `tokens`, 8×8 px each."""
     if not sizes or any(size % multiple_of or size < min_size for size in sizes):
         raise ArgumentError(
-            f"Crop sizes must be multiples of {multiple_of} from {min_size} for this backbone, got {sizes} (--size)."
+            f"Crop sizes of this backbone must be multiples of {multiple_of} from {min_size}, got {sizes} (--size)."
         )
     if tokens < (max(sizes) // PATCH) ** 2:
         raise ArgumentError(f"{tokens} tokens a step hold no crop of {max(sizes)} px; raise --tokens.")
