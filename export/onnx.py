@@ -189,7 +189,7 @@ def export_onnx(
         if data:
             held = work / "stored.onnx"
             held.write_bytes(stored)
-        answering = stored if on_cpu is None else on_cpu.SerializeToString()
+        answering: Model = held if on_cpu is None else on_cpu.SerializeToString()
         if precision == "int8" or precision in KINDS:
             note("checking fewer bits against PyTorch")
             cuts = _cuts(fitted or _blobs(side), graph.student.multiple_of)
