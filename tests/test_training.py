@@ -1,5 +1,6 @@
 """Pretraining and distillation: they learn, they resume to the same weights, and they refuse what does not fit."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -191,10 +192,20 @@ def test_pretraining_settings_out_of_range(change: dict) -> None:
         PretrainSettings(**{**TINY.__dict__, **change}).check()
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"lora_from": 2}, {"batches": -1}, {"sizes": (63,)}, {"tokens": 1}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lora_from": 2}, {"batches": -1}, {"blocks": ()}, {"accumulate": 0}])
 def test_distillation_settings_out_of_range(change: dict) -> None:
     with pytest.raises(ArgumentError):
         DistillSettings(**{**SHORT.__dict__, **change}).check()
+
+
+@pytest.mark.parametrize("change", [{"sizes": (63,)}, {"sizes": ()}, {"tokens": 1}])
+def test_crops_that_the_backbone_cannot_take(
+    change: dict, tiny_backbone: PixelBackbone, photos: Path, labels: Path, tmp_path: Path
+) -> None:
+    settings = DistillSettings(**{**SHORT.__dict__, **change})
+    with pytest.raises(ArgumentError, match=r"--size|--tokens"):
+        distill(copy.deepcopy(tiny_backbone), LabelledImages(photos, labels, 0), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dice_counts_certain_pixels_only() -> None:

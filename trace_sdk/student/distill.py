@@ -164,6 +164,7 @@ class _Trainer:
         out: Path,
         held_out: LabelledImages | None,
     ) -> None:
+        check_crops(settings.sizes, settings.tokens, backbone.multiple_of, backbone.min_size)
         parts = process_count() * settings.accumulate
         if draw_crops((max(settings.sizes),), settings.tokens, step_generator(0, 0))[0] < parts:
             raise ArgumentError(
@@ -174,7 +175,6 @@ class _Trainer:
         self.images, self.settings, self.device, self.step = images, settings, device, 0
         self.out, self.held_out, self.best_score = out, held_out, -1.0
         self.student = Student(backbone, blocks=settings.blocks)
-        check_crops(settings.sizes, settings.tokens, self.student.multiple_of, self.student.min_size)
         self.student.add_lora(settings.lora_rank)
         if settings.checkpointing:
             self.student.checkpoint_activations()
