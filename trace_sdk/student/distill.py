@@ -90,7 +90,6 @@ class DistillSettings:
             raise ArgumentError(
                 f"accumulate and validate_every must be at least 1, got {self.accumulate} and {self.validate_every}."
             )
-        check_crops(self.sizes, self.tokens)
         if self.blocks == ():
             raise ArgumentError("blocks must name at least one block, or be None for all.")
 
