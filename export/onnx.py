@@ -57,6 +57,7 @@ MOST_IMAGES = 63  # in a batch; from 64 on a UNet orders its memory otherwise, w
 PRECISIONS = ("fp32", "fp16", *KINDS, "int8")
 OPSET_BF16 = 22  # the first whose convolutions have bf16
 TRACED = "traced.onnx"  # its weights beside it
+TIMED_SIDE = 512  # longest side of the square that is timed; onnxruntime holds all attention of a VAE at once
 CALIBRATION_PHOTOS = 64
 
 
@@ -246,7 +247,7 @@ def export_onnx(
             model = onnx.load_from_string(sealed)
         note("timing an answer")
         timed: list[Model] = [float_model] if precision == "bf16" else [float_model, held if data else sealed]
-        float_milliseconds, *milliseconds = _milliseconds(timed, padded(default_size))
+        float_milliseconds, *milliseconds = _milliseconds(timed, padded(min(default_size, TIMED_SIDE)))
         if data:
             # Whole before it appears, and before what names it; a load in between says that the two don't fit.
             with (work / data["file"]).open("rb") as written:

@@ -29,8 +29,8 @@ class ExportReport:
         change_on: what pictures `change` was measured on.
         file_bytes, float_bytes: size of the file, and of the same engine with float32 weights.
         nodes: of the graph.
-        milliseconds, float_milliseconds: median answer of three to one square of the default size, on this machine's
-            CPU; a hint, `trace-sdk benchmark` measures. None where no CPU runs it (bf16).
+        milliseconds, float_milliseconds: median answer of three to one square of the default size, at most
+            512 px, on this machine's CPU; a hint, `trace-sdk benchmark` measures. None where no CPU runs it (bf16).
         layers: numbers of layers and pictures, the layers kept in float, for int8 the calibration; None where all
             arithmetic is float32.
         ods: of the float engine and this one against known boundaries; None for fp32.
