@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error, status
-from trace_sdk.cli.options import torch_device_option
+from trace_sdk.cli.options import block_option, torch_device_option
 
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
@@ -75,13 +75,7 @@ from trace_sdk.cli.options import torch_device_option
     help="Divergence of the head-averaged map, or mean over the heads' own (no N×N map).",
 )
 @click.option("--neighbourhood", type=click.Choice(["4", "8"]), default="4", show_default=True)
-@click.option(
-    "--block",
-    "blocks",
-    multiple=True,
-    type=int,
-    help="Only this block, from 0; repeatable. The first and the last often see texture.  [default: all]",
-)
+@block_option("Only this block, from 0; repeatable. The first and the last often see texture.  [default: all]")
 @click.option("--mirror", is_flag=True, help="Average with the mirrored photo's map.")
 @click.option(
     "--precision",

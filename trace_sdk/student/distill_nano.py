@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.errors import ArgumentError
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.colour_gradient import ColourGradient
 from trace_sdk.student.labelled_images import LabelledImages, cut
@@ -22,7 +22,6 @@ from trace_sdk.student.snapping import GRADE
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.crops import step_generator
 from trace_sdk.training.loop import Report, train_until
-from trace_sdk.training.state import check_same_run, load_state, save_state
 
 ZOOM = (0.7, 1.8)  # sides of the squares that become crops, as a multiple of the crop's
 LONGEST = 800  # pixels; larger photos count as reduced to it
@@ -141,16 +140,10 @@ class _Trainer:
         return {"graded": fine.item(), "coarse": sides.item()}
 
     def save(self, file: Path) -> None:
-        save_state(file, self.training.tensors(), self.step, asdict(self.settings))
+        self.training.save(file, self.step, asdict(self.settings))
 
     def restore(self, file: Path) -> None:
-        tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("crops", "size", "held_out", "seed"))
-        try:
-            self.training.restore(tensors)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} does not fit this run: {error}") from error
-        self.step = step
+        self.step = self.training.restore(file, asdict(self.settings), ("crops", "size", "held_out", "seed"))
 
 
 def change_light(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ SHAPES = 0.3  # share of scenes of random shapes
 BLURRED = 0.5  # share of scenes that are blurred
 BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they are
 RIM = 1.0  # σ of the outline's ridge, pixels
+PEAK = 0.4  # about 1/√(2π): what that Gaussian leaves of a straight line, a pixel wide
 NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
 MARGIN = 32  # pixels by which a scene is larger than what is seen of it
 
@@ -53,7 +54,7 @@ class OwnScenes:
         background = self._crop(rng, whole)
         cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._cutouts
         scene = compose(rng, cutouts, background)
-        ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / 0.4, 0, 1)
+        ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / PEAK, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
         seen = np.s_[top : top + size, left : left + size]
         rgb = scene.rgb[seen].astype(np.float32)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.errors import ArgumentError
 from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
@@ -27,7 +27,6 @@ from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.crops import step_generator
 from trace_sdk.training.loop import Report, train_until
-from trace_sdk.training.state import check_same_run, load_state, save_state
 
 BELIEVED = 0.4  # share of the student's own edge probability that it learns where nothing was pasted
 CALIBRATION = 1 << 30  # steps that training never reaches
@@ -148,13 +147,7 @@ class _Trainer:
         return best_threshold(torch.cat(probabilities), torch.cat(truths))[0]
 
     def save(self, file: Path) -> None:
-        save_state(file, self.training.tensors(), self.step, asdict(self.settings))
+        self.training.save(file, self.step, asdict(self.settings))
 
     def restore(self, file: Path) -> None:
-        tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("crops", "size", "seed"))
-        try:
-            self.training.restore(tensors)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} does not fit this run: {error}") from error
-        self.step = step
+        self.step = self.training.restore(file, asdict(self.settings), ("crops", "size", "seed"))

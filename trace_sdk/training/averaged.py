@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from trace_sdk.training.state import optimizer_tensors, part, restore_optimizer
+from trace_sdk.errors import CheckpointError
+from trace_sdk.training.state import (
+    check_same_run,
+    load_state,
+    optimizer_tensors,
+    part,
+    restore_optimizer,
+    save_state,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,14 +58,25 @@ class AveragedTraining(Generic[Model]):
                 average = averages[name]
                 average.copy_(average.lerp(value, 1 - keep) if value.is_floating_point() else value)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold."""
+    def save(self, file: Path, step: int, settings: dict[str, Any]) -> None:
+        """Write all that a run needs to go on, whole or not at all."""
         tensors = {f"student.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        return tensors | optimizer_tensors(self._optimizer, "optimizer")
+        save_state(file, tensors | optimizer_tensors(self._optimizer, "optimizer"), step, settings)
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """What `tensors` gave. Raises RuntimeError, ValueError or KeyError if they are of another model."""
-        self.model.load_state_dict(part(tensors, "student"))
-        self.average.load_state_dict(part(tensors, "average"))
-        restore_optimizer(self._optimizer, "optimizer", tensors)
+    def restore(self, file: Path, settings: dict[str, Any], fixed: tuple[str, ...]) -> int:
+        """Read what `save` wrote, and return the steps done.
+
+        Raises:
+            ArgumentError: a setting of `fixed` differs from the stored one.
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        tensors, step, before = load_state(file)
+        check_same_run(file, before, settings, fixed)
+        try:
+            self.model.load_state_dict(part(tensors, "student"))
+            self.average.load_state_dict(part(tensors, "average"))
+            restore_optimizer(self._optimizer, "optimizer", tensors)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+        return step
