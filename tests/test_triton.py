@@ -50,6 +50,8 @@ def test_the_servers_answer_may_be_bytes(tiny_engine: Path, tmp_path: Path) -> N
     model = write_repository(tiny_engine, tmp_path, output="uint8")
     assert "TYPE_UINT8, dims: [-1, -1] }" in (model / "config.pbtxt").read_text()
     again = write_repository(model / "1/model.onnx", tmp_path / "again")
+    with pytest.raises(ArgumentError, match="answers in uint8, not float32"):
+        write_repository(model / "1/model.onnx", tmp_path / "third", output="float32")
     assert (again / "1/model.onnx").read_bytes() == (model / "1/model.onnx").read_bytes(), "scaling is in it already"
 
 
@@ -111,7 +113,7 @@ def test_nothing_is_overwritten_or_left_half_written(
 def test_models_that_take_files_come_with_the_engine(
     tiny_engine: Path, tmp_path: Path, buckets: list[int] | None
 ) -> None:
-    ensemble = write_repository(tiny_engine, tmp_path, buckets=buckets, output="float32", encoded=True)
+    ensemble = write_repository(tiny_engine, tmp_path, buckets=buckets, encoded=True)
     assert ensemble == tmp_path / "tiny-photo"
     steps = re.findall('model_name: "([^"]+)"', (ensemble / "config.pbtxt").read_text())
     assert steps == ["tiny-decode", "tiny", *(["tiny-restore"] if buckets else [])]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import PIL.Image
 
-from trace_sdk.engines.manifest import ANY_SIZE, Manifest
+from trace_sdk.engines.manifest import Manifest
 
 QUEUE_LENGTH = 256  # requests that may wait; more are refused at once
 
@@ -26,9 +26,9 @@ def photo_models(manifest: Manifest, max_batch: int, sides: Sequence[int], outpu
 
     Args:
         sides: the buckets, ascending, or none where the engine scales photos itself.
-        output: dtype of the answers, unless the engine's manifest says it already.
+        output: dtype of the answers.
     """
-    edges = answer(manifest.output if manifest.input == ANY_SIZE else output)
+    edges = answer(output)
     decode, restore, name = (f"{manifest.name}-{step}" for step in ("decode", "restore", "photo"))
     size = min(manifest.default_size, sides[-1]) if sides else manifest.default_size
     known = {"size": str(size), "buckets": ",".join(map(str, sides))}

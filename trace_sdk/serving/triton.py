@@ -40,7 +40,7 @@ def write_repository(
     *,
     max_batch: int = 8,
     buckets: Sequence[int] | None = None,
-    output: str = "float32",
+    output: str | None = None,
     encoded: bool = False,
 ) -> Path:
     """Write FOLDER/NAME with a config.pbtxt and 1/model.onnx for the onnxruntime backend, or, of a TensorRT `.engine`,
@@ -60,7 +60,8 @@ def write_repository(
         max_batch: the most pictures that go through the engine together.
         buckets: lengths of sides that clients will pad to, as in `EdgeDetector`; the server runs each shape once
             before it says that it is ready.
-        output: dtype of the answers where scaling goes into the graph, "float32", "float16" or "uint8" (255 × that).
+        output: dtype of the answers where scaling goes into the graph, "float32" (None), "float16" or "uint8", 255 ×
+            that; an engine that takes any size has its own.
         encoded: also write NAME-photo, and the models that it is made of.
 
     Returns:
@@ -75,7 +76,7 @@ def write_repository(
     """
     if max_batch < 1:
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
-    if buckets is not None and output != "float32":
+    if buckets is not None and output not in (None, "float32"):
         raise ArgumentError(f"output={output!r} is for photos of any size; leave buckets out.")
     model, source = read_engine(engine or ON_GPU)
     served = _served(model, source)
@@ -87,6 +88,11 @@ def write_repository(
     sides = checked_buckets(buckets, manifest) if buckets is not None else ()
     if sides and manifest.input == ANY_SIZE:
         raise ArgumentError(f"{name} scales photos inside its graph, so buckets cannot be chosen.")
+    if manifest.input == ANY_SIZE and output not in (None, manifest.output):
+        raise ArgumentError(
+            f"{source}: answers in {manifest.output}, not {output}; use the engine that it was made of."
+        )
+    output = manifest.output if manifest.input == ANY_SIZE else output or "float32"
     if served.built is not None:
         _check_plan(served.built, source, max_batch, bool(sides))
     beside = verify_data(manifest, source)
