@@ -72,6 +72,7 @@ def test_each_bucket_shape_is_warmed(tiny_engine: Path, tmp_path: Path) -> None:
     [
         ({}, {"max_batch": 0}, ArgumentError, "max_batch=0"),
         ({}, {"buckets": [60]}, ArgumentError, "multiples of 8"),
+        ({}, {"output": "int8", "encoded": True}, ArgumentError, "output='int8' is not one of"),
         ({}, {"buckets": [64], "output": "uint8"}, ArgumentError, "leave buckets out"),
         ({"name": "../up"}, {}, ArgumentError, "cannot name a model"),
         ({"name": 'a" b'}, {}, ArgumentError, "cannot name a model"),

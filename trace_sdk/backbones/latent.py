@@ -83,7 +83,7 @@ class LatentBackbone(Placed):
                 "a variant for inpainting or control. Give the text-to-image one."
             )
 
-    def _named(self, pattern: str) -> dict[str, nn.Module]:
+    def _named(self, pattern: str) -> dict[str, Any]:
         """The denoiser's modules of such names."""
         named = re.compile(pattern)
         return {name: module for name, module in self.denoiser.named_modules() if named.search(name)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from trace_sdk.atomic import write_bytes
 from trace_sdk.buckets import bucket_shapes, checked_buckets
 from trace_sdk.engines import ON_GPU, read_engine
-from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_data, verify_seal
+from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.plan import MAGIC, Built, unpack
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
@@ -69,13 +69,15 @@ def write_repository(
 
     Raises:
         EngineError: missing, corrupt or foreign engine, or a plan of TensorRT-RTX, which Triton cannot run.
-        ArgumentError: `max_batch` below 1 or beyond the plan's, wrong `buckets` or none for a plan, or the engine's
-            name cannot name a folder.
+        ArgumentError: `max_batch` below 1 or beyond the plan's, wrong `buckets` or none for a plan, an `output` that
+            the engine does not have, or the engine's name cannot name a folder.
         OutputError: a model of that name exists in FOLDER, or one cannot be written.
         MissingExtraError: scaling has to go into the graph, and the onnx package is not installed.
     """
     if max_batch < 1:
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
+    if output not in (None, *ANSWER_TYPES):
+        raise ArgumentError(f"output={output!r} is not one of {', '.join(ANSWER_TYPES)}.")
     if buckets is not None and output not in (None, "float32"):
         raise ArgumentError(f"output={output!r} is for photos of any size; leave buckets out.")
     model, source = read_engine(engine or ON_GPU)
