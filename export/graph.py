@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
 
 BATCH = 3  # images that a layer is watched with
 ROUNDING = 1e-6  # of the largest value in an answer
@@ -31,14 +33,14 @@ class EngineGraph(nn.Module):
         fold_normalisation(self.student)
         if half_weights:
             round_weights(self.student)
-        if isinstance(self.student, Student):
-            fold_constants(self.student)
+        if not isinstance(self.student, NanoStudent):
+            fold_constants(self.student.attending if isinstance(self.student, CombinedStudent) else self.student)
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
-        if isinstance(self.student, Student):
-            return self.student.logits(pixels, share_softmax=True).sigmoid()
-        return self.student.logits(pixels).sigmoid()
+        if isinstance(self.student, NanoStudent):
+            return self.student.logits(pixels).sigmoid()
+        return self.student.logits(pixels, share_softmax=True).sigmoid()
 
 
 def round_weights(model: nn.Module) -> None:
