@@ -19,6 +19,7 @@ case $device in
     crops=(--tokens 4800 --size 256 --size 320 --batches 150)
     joint=(--steps 140 --lora-from 0.8)
     decoder=(--steps 1100 --lora-from 1)
+    share=0.85
     ;;
   cuda)
     pretrain=(--layers 12 --heads 6 --tokens 262144 --size 256 --learning-rate 7e-4 --steps 12000)
@@ -28,6 +29,7 @@ case $device in
     crops=(--tokens 65536)
     joint=(--steps 6000 --lora-from 0.3)
     decoder=(--steps 8000 --lora-from 1)
+    share=0.5 # not measured
     ;;
   *)
     echo "the second argument is cpu or cuda" >&2
@@ -52,7 +54,9 @@ for stage in joint decoder; do
   trace-sdk distill "$work/distil" --labels "$work/labels" --backbone "$work/backbone" "${crops[@]}" "${settings[@]}" \
     --device "$device" -o "$work/student"
 done
-trace-sdk export "$work/student" -o "$work/trace-small.onnx" --name trace-small
+# With trace-nano, which looks at the photo at twice the size. The better the backbone, the less of it.
+trace-sdk combine "$work/student" "$here/../trace-nano/weights" --share "$share" -o "$work/combined"
+trace-sdk export "$work/combined" -o "$work/trace-small.onnx" --name trace-small --default-size 768
 
 python "$here/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-small.onnx" -o "$work/quality"

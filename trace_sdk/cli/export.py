@@ -55,7 +55,7 @@ from trace_sdk.engines import BUNDLED, read_engine
     "--default-size",
     type=int,
     help="Longest side in px that the network sees unless told otherwise.  [default: what the student was made for: "
-    "448 on the pixel backbone, 512 of nano, a latent model's own size]",
+    "448 on the pixel backbone, 512 of nano, a latent model's own size; twice that of a combined one]",
 )
 @click.option(
     "--runtime",
