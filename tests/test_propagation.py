@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as codec
@@ -180,7 +180,14 @@ def test_the_order_of_the_masks_does_not_matter(seed: int) -> None:
     assert one.sources == [sorted(int(order[i]) for i in indices) for indices in other.sources]
 
 
+def lone(row: int, column: int) -> Any:
+    coarse = np.zeros((10, 15), np.float32)
+    coarse[row, column] = 1
+    return coarse
+
+
 @settings(max_examples=8, deadline=None)
+@example(718, lone(6, 9))  # neighbours that became one have IoU > 0.5 with a third mask
 @given(st.integers(0, 10_000), arrays(np.float32, (10, 15), elements=st.floats(0, 1, width=32)))
 def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
     edges = EdgeMap(np.repeat(np.repeat(coarse, 8, 0), 8, 1), PAIR.rgb, 0.5)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
+from trace_sdk.instances.boxed import Box, BoxedMask, overlap, union, widened
 from trace_sdk.instances.hierarchy import components
-from trace_sdk.instances.outlines import box_of, middle_level
-from trace_sdk.instances.walk import Box, Regions
+from trace_sdk.instances.outlines import middle_level
+from trace_sdk.instances.walk import Regions
 
 SAME = 0.5  # IoU above which two masks are one
 JOIN = 0.9  # evidence from which two masks are one, see `join_neighbours`
@@ -26,17 +27,27 @@ REACH = 1  # pixels that touching masks may be apart, either way
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A mask bool [H, W], its score, and the indices of the masks that it came from, ascending."""
+    """A mask of a picture of `shape`, its score, and the indices of the masks that it came from, ascending."""
 
-    mask: NDArray[np.bool_]
+    mask: BoxedMask
     score: float
     sources: list[int]
+    shape: tuple[int, int]
 
     @cached_property
     def rle(self) -> dict[str, Any]:
         """COCO RLE with counts as bytes."""
-        runs: dict[str, Any] = codec.encode(np.asfortranarray(self.mask.view(np.uint8)))
-        return runs
+        return self.mask.rle(self.shape)
+
+
+def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
+    """Alike ones, then neighbours, and again while neighbours that became one are like another mask."""
+    found = list(masks)
+    while True:
+        joined = join_neighbours(join_alike(found), probability, regions)
+        if len(joined) == len(found):
+            return joined
+        found = joined
 
 
 def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
@@ -84,33 +95,26 @@ def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class _Neighbour:
-    """A mask, its box with room to touch, its area, and the share of it in each region."""
+    """A mask, its box with room to touch, and the share of it in each region."""
 
     candidate: Candidate
     box: Box
-    area: int
     shares: NDArray[np.float64]
 
     @classmethod
     def of(cls, candidate: Candidate, regions: Regions) -> _Neighbour:
-        box = box_of(candidate.mask, REACH + 1)
-        held = np.bincount(regions.labels[box][candidate.mask[box]], minlength=len(regions.areas))
-        return cls(candidate, box, int(held.sum()), held / held.sum())
+        mask = candidate.mask
+        held = np.bincount(regions.labels[mask.box][mask.inside], minlength=len(regions.areas))
+        return cls(candidate, widened(mask.box, REACH + 1, regions.labels.shape), held / mask.area)
 
 
 def _evidence(here: _Neighbour, there: _Neighbour, probability: NDArray[np.float32]) -> float:
     """That two masks are one thing; 0 where they don't touch as parts of one thing do."""
-    (rows, columns), (down, aside) = here.box, there.box
-    if rows.start >= down.stop or down.start >= rows.stop or columns.start >= aside.stop or aside.start >= columns.stop:
+    small, large = sorted((here.candidate.mask.area, there.candidate.mask.area))
+    if small < PEER * large or not all(side.stop > side.start for side in overlap(here.box, there.box)):
         return 0.0
-    small, large = sorted((here.area, there.area))
-    if small < PEER * large:
-        return 0.0
-    both = (
-        slice(min(rows.start, down.start), max(rows.stop, down.stop)),
-        slice(min(columns.start, aside.start), max(columns.stop, aside.stop)),
-    )
-    a, b, edges = here.candidate.mask[both], there.candidate.mask[both], probability[both]
+    both = union([here.box, there.box])
+    a, b, edges = here.candidate.mask.within(both), there.candidate.mask.within(both), probability[both]
     common = int(np.count_nonzero(a & b))
     if common > APART * (small + large - common):
         return 0.0
@@ -139,7 +143,8 @@ def _joined(masks: Sequence[Candidate], links: NDArray[np.int32]) -> list[Candid
         if len(members) == 1:
             joined += members
             continue
-        union = np.logical_or.reduce([one.mask for one in members])
+        box = union([one.mask.box for one in members])
+        whole = BoxedMask(box, np.logical_or.reduce([one.mask.within(box) for one in members]))
         sources = sorted({index for one in members for index in one.sources})
-        joined.append(Candidate(union, max(one.score for one in members), sources))
+        joined.append(Candidate(whole, max(one.score for one in members), sources, members[0].shape))
     return joined

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label
 
+from trace_sdk.instances.boxed import box_of
+
 WEAK = 0.9  # strength of a line that is no border, to the middle level
 OPENING = 0.4  # share of new lines up to which a change closes a hole or a notch
 NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, to the radius of a disc like the mask
@@ -19,17 +21,6 @@ WIDER = 0.5  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 2.0  # and of one moved inwards
 FAR = 3.0  # and how much more where it moves further
 SURE = 0.99  # beyond which log-odds grow no more
-
-
-def box_of(mask: NDArray[np.bool_], around: int = 1) -> tuple[slice, slice]:
-    """Bounding box with `around` more pixels, where there are some; empty for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return slice(0), slice(0)
-    return (
-        slice(max(0, rows[0] - around), rows[-1] + 1 + around),
-        slice(max(0, columns[0] - around), columns[-1] + 1 + around),
-    )
 
 
 def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
@@ -55,13 +46,10 @@ def middle_level(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> f
     return (float(probability[mask].mean()) + outline_strength(mask, probability)) / 2
 
 
-def without_holes(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The masks with their holes filled, bool [K, H, W]."""
-    filled = masks.copy()
-    for mask in filled:
-        box = box_of(mask)
-        outside, _ = label(~np.pad(mask[box], 1))
-        mask[box] = (outside != outside[0, 0])[1:-1, 1:-1]
+def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask with its holes filled, bool [h, w]."""
+    outside, _ = label(~np.pad(mask, 1))
+    filled: NDArray[np.bool_] = (outside != outside[0, 0])[1:-1, 1:-1]
     return filled
 
 
@@ -81,30 +69,39 @@ def better_parts(
         bool [h, w], and the sum over what the taken parts add to the outline of the probability above the level, less
         that over what they remove.
     """
-    parts, count = label(before != after)
+    box = box_of(before != after)
+    area = float(np.count_nonzero(before))
+    whole, before, after, probability = before, before[box], after[box], probability[box]
+    differs = before != after
+    parts, count = label(differs)
     if not count:
-        return before, 0.0
+        return whole, 0.0
     # Lengths and strengths of lines that each part adds and removes.
     lengths, totals = np.zeros((2, count + 1)), np.zeros((2, count + 1))
     for here, there in NEIGHBOURS:
         has = after[here] != after[there]
-        changed = has != (before[here] != before[there])  # so one pixel of the pair has changed, and one part with it
+        # Where one pixel of the pair has changed, and one part with it.
+        changed = np.nonzero(has != (before[here] != before[there]))
         part = np.maximum(parts[here][changed], parts[there][changed]) + (count + 1) * ~has[changed]
         strength = np.maximum(probability[here][changed], probability[there][changed])
         lengths += np.bincount(part, minlength=2 * count + 2).reshape(2, -1)
         totals += np.bincount(part, strength, 2 * count + 2).reshape(2, -1)
     (added, removed), (new, old) = lengths, totals / np.maximum(lengths, 1)
-    area = float(np.count_nonzero(before))
     length = np.maximum(added + removed, 1)
-    grown = np.bincount(parts.ravel(), after.ravel(), count + 1) > 0
+    moved = parts[differs]
+    grown = np.bincount(moved, after[differs], count + 1) > 0
     closes = grown & (added <= OPENING * length) & (old < (WEAK - added / length / 2) * level)
-    near = 2 * np.bincount(parts.ravel(), minlength=count + 1) / length <= NEAR * (area / np.pi) ** 0.5
+    near = 2 * np.bincount(moved, minlength=count + 1) / length <= NEAR * (area / np.pi) ** 0.5
     needed = np.where(grown, WIDER, NARROWER) + np.where(near, 0, FAR)
     moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > needed)
     taken = closes | moves
     taken[0] = False
+    if not taken.any():
+        return whole, 0.0
     gain = ((new - level) * added - (old - level) * removed)[taken].sum()
-    return np.where(taken[parts], after, before), float(gain)
+    changed_mask = whole.copy()
+    changed_mask[box] = np.where(taken[parts], after, before)
+    return changed_mask, float(gain)
 
 
 NEIGHBOURS = ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]))

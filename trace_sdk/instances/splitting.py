@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trace_sdk.instances.boxed import BoxedMask, widened
 from trace_sdk.instances.hierarchy import find_borders, merge_weakest_first
-from trace_sdk.instances.outlines import box_of, log_odds, middle_level
+from trace_sdk.instances.outlines import log_odds, middle_level
 from trace_sdk.instances.walk import Fragment, Regions
 
 SPLIT = 0.2  # share of a mask that makes a part an instance of its own
@@ -16,7 +18,7 @@ ODDS = 1.5  # log-odds of a line that splits a mask, above those of a middle lin
 NECK = 0.6  # what they must have more for each e-fold of the line's length to the side of the smaller part
 
 
-def split_masks(probability: NDArray[np.float32], regions: Regions, masks: NDArray[np.bool_]) -> list[Fragment]:
+def split_masks(probability: NDArray[np.float32], regions: Regions, masks: Sequence[BoxedMask]) -> list[Fragment]:
     """Which regions of each mask count, and as which of its instances.
 
     A region counts if half of it lies in the mask, or half of the mask in it; the rest is a loose border. Regions are
@@ -27,8 +29,8 @@ def split_masks(probability: NDArray[np.float32], regions: Regions, masks: NDArr
     count = len(regions.areas)
     fragments = []
     for index, mask in enumerate(masks):
-        box = box_of(mask)
-        own, labels, edges = mask[box], regions.labels[box], probability[box]
+        box = widened(mask.box, 1, probability.shape)
+        own, labels, edges = mask.within(box), regions.labels[box], probability[box]
         held = np.bincount(labels[own], minlength=count)
         chosen = np.flatnonzero((2 * held >= np.minimum(regions.areas, held.sum())) & (held > 0))
         instances = np.zeros(len(chosen), np.int32)
