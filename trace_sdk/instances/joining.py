@@ -41,18 +41,20 @@ class Candidate:
 
 
 def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
-    """Alike ones, then neighbours, and again while neighbours that became one are like another mask."""
+    """Masks that are one thing become one: alike ones, then the best neighbours, and so on until none are left."""
     found = list(masks)
+    known: dict[tuple[Candidate, Candidate], float] = {}
     while True:
-        joined = join_neighbours(join_alike(found), probability, regions)
-        if len(joined) == len(found):
-            return joined
-        found = joined
+        found = _join_alike(found)
+        links = _best_neighbours(found, probability, regions, known)
+        if not len(links):
+            return found
+        found = _joined(found, links)
 
 
-def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
+def _join_alike(masks: list[Candidate]) -> list[Candidate]:
     """While any two masks have IoU > SAME, all that hang together so become one, at once: in no order."""
-    found = list(masks)
+    found = masks
     while len(found) > 1:
         runs = [one.rle for one in found]
         alike = np.argwhere(np.triu(codec.iou(runs, runs, [0] * len(runs)) > SAME, 1)).astype(np.int32)
@@ -62,59 +64,46 @@ def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
-    """Touching masks become one where nothing keeps them apart: the best such neighbours first, in no other order.
+def _best_neighbours(
+    masks: Sequence[Candidate],
+    probability: NDArray[np.float32],
+    regions: Regions,
+    known: dict[tuple[Candidate, Candidate], float],
+) -> NDArray[np.int32]:
+    """Pairs of touching masks that nothing keeps apart, each the other's best, int32 [L, 2].
 
     The evidence is how much weaker the line between them is than the middle level (`outlines`) of both as one, as a
     share, and TOGETHER times how much they lie in the same regions (the sum over regions of the smaller share of the
-    two masks). A small thing on a large one stays, see PEER.
+    two masks). A small thing on a large one stays, see PEER. `known`: evidence of pairs met before.
     """
-    found = [_Neighbour.of(one, regions) for one in masks]
-    known: dict[tuple[_Neighbour, _Neighbour], float] = {}
-    while True:
-        links = []
-        for place, one in enumerate(found):
-            for before, other in enumerate(found[:place]):
-                pair = one, other
-                if pair not in known:
-                    known[pair] = _evidence(one, other, probability)
-                if known[pair] >= JOIN:
-                    links.append((known[pair], place, before))
-        if not links:
-            return [one.candidate for one in found]
-        # Those that are each other's best, equals among them.
-        best: dict[int, float] = {}
-        for evidence, here, there in links:
-            for place in (here, there):
-                best[place] = max(best.get(place, 0.0), evidence)
-        mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
-        joined = _joined([one.candidate for one in found], np.array(mutual, np.int32))
-        own = {one.candidate: one for one in found}
-        found = [own[one] if one in own else _Neighbour.of(one, regions) for one in joined]
+    boxes = [widened(one.mask.box, REACH + 1, one.shape) for one in masks]
+    starts, stops = (
+        np.array([[getattr(side, end) for side in box] for box in boxes]).reshape(-1, 2) for end in ("start", "stop")
+    )
+    areas = np.array([one.mask.area for one in masks])
+    near = (starts[:, None] < stops).all(axis=2) & (starts < stops[:, None]).all(axis=2)
+    peers = np.minimum.outer(areas, areas) >= PEER * np.maximum.outer(areas, areas)
+    links = []
+    for here, there in np.argwhere(np.triu(near & peers, 1)).tolist():
+        pair = masks[here], masks[there]
+        if pair not in known:
+            known[pair] = _evidence(*pair, union([boxes[here], boxes[there]]), probability, regions)
+        if known[pair] >= JOIN:
+            links.append((known[pair], here, there))
+    best: dict[int, float] = {}
+    for evidence, here, there in links:
+        for place in (here, there):
+            best[place] = max(best.get(place, 0.0), evidence)
+    mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
+    return np.array(mutual, np.int32).reshape(-1, 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Neighbour:
-    """A mask, its box with room to touch, and the share of it in each region."""
-
-    candidate: Candidate
-    box: Box
-    shares: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, candidate: Candidate, regions: Regions) -> _Neighbour:
-        mask = candidate.mask
-        held = np.bincount(regions.labels[mask.box][mask.inside], minlength=len(regions.areas))
-        return cls(candidate, widened(mask.box, REACH + 1, regions.labels.shape), held / mask.area)
-
-
-def _evidence(here: _Neighbour, there: _Neighbour, probability: NDArray[np.float32]) -> float:
-    """That two masks are one thing; 0 where they don't touch as parts of one thing do."""
-    small, large = sorted((here.candidate.mask.area, there.candidate.mask.area))
-    if small < PEER * large or not all(side.stop > side.start for side in overlap(here.box, there.box)):
-        return 0.0
-    both = union([here.box, there.box])
-    a, b, edges = here.candidate.mask.within(both), there.candidate.mask.within(both), probability[both]
+def _evidence(
+    one: Candidate, other: Candidate, box: Box, probability: NDArray[np.float32], regions: Regions
+) -> float:
+    """That two masks in a box are one thing; 0 where they don't touch as parts of one thing do."""
+    a, b, edges = one.mask.within(box), other.mask.within(box), probability[box]
+    small, large = sorted((one.mask.area, other.mask.area))
     common = int(np.count_nonzero(a & b))
     if common > APART * (small + large - common):
         return 0.0
@@ -123,7 +112,11 @@ def _evidence(here: _Neighbour, there: _Neighbour, probability: NDArray[np.float
     if np.count_nonzero(line) < 2 * REACH * SHARED * small**0.5:
         return 0.0
     weakness = 1 - float(edges[line].mean()) / max(middle_level(a | b, edges), 1e-6)
-    return weakness + TOGETHER * float(np.minimum(here.shares, there.shares).sum())
+    labels, count = regions.labels[box], len(regions.areas)
+    shares = np.minimum(
+        np.bincount(labels[a], minlength=count) / one.mask.area, np.bincount(labels[b], minlength=count) / other.mask.area
+    )
+    return weakness + TOGETHER * float(shares.sum())
 
 
 def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

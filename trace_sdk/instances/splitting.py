@@ -44,7 +44,8 @@ def split_masks(probability: NDArray[np.float32], regions: Regions, masks: Seque
                 borders[inner], lengths[inner], totals[inner], held[chosen].astype(np.float64), middle_level(own, edges)
             )
         fragments += [
-            Fragment(index, int(region), int(instance)) for region, instance in zip(chosen, instances, strict=True)
+            Fragment(index, int(region), int(instance), float(held[region] / regions.areas[region]))
+            for region, instance in zip(chosen, instances, strict=True)
         ]
     return fragments
 

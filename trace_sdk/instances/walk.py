@@ -33,11 +33,12 @@ TAIL = 1e-2  # bound on the error of T^s
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """Part of a mask in one region. `instance`: number among the mask's own."""
+    """Part of a mask in one region. instance: number among the mask's own. share: of the region's pixels, in (0, 1]."""
 
     mask: int
     region: int
     instance: int
+    share: float
 
 
 class Regions:
@@ -68,9 +69,14 @@ def spread_fragments(
     """
     step = max(1, ceil(max(probability.shape) / GRID))
     large = regions.areas > LARGE * step**2
-    rises: dict[int, tuple[Box, NDArray[np.float32]]] = {}
+    # A walk that starts everywhere goes nowhere.
+    rises = {
+        place: (regions.boxes[one.region], (regions.labels[regions.boxes[one.region]] == one.region).astype(np.float32))
+        for place, one in enumerate(fragments)
+        if one.share == 1
+    }
     for size, steps, own in ((step, STEPS, ~large), (2 * step, STEPS // 4, large)):
-        places = [place for place, one in enumerate(fragments) if own[one.region]]
+        places = [place for place, one in enumerate(fragments) if own[one.region] and place not in rises]
         if places:
             grid = _Grid(probability, regions, size, steps, least)
             rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
@@ -149,24 +155,25 @@ class _Grid:
 
     def _lifted(self, region: int, shares: NDArray[np.float32]) -> tuple[Box, NDArray[np.float32]]:
         """From cells to pixels of a region: bilinear, from cells of the region only, stretched to [0, 1]."""
-        # What lies between centres needs one more cell around.
         window = widened(self._cells_of(self._regions.boxes[region]), 1, self._cells.shape)
         own = self._cells[window] == region
         share = shares[window][own]
         if not len(share):
             return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), np.float32)
-        rise = np.zeros(own.shape, np.float32)
         low = share.min()
+        rise = np.zeros(own.shape, np.float32)
         rise[own] = (share - low) / max(share.max() - low, np.float32(1e-3))
-        # A pixel lies between cells, so it is above `least` near a cell that is.
-        cells = shifted(box_of(rise > self._least), window[0].start, window[1].start)
+        # A pixel lies between cells, so it is above `least` beside a cell that is, and takes from those beside it.
+        around = box_of(rise > self._least)
+        cells = shifted(around, window[0].start, window[1].start)
         box = overlap(self._pixels_of(cells), self._regions.boxes[region])
+        some = widened(around, 1, own.shape)
         down, aside = (
-            _between(pixels, side, self._step, length)
-            for pixels, side, length in zip(box, window, own.shape, strict=True)
+            _between(pixels, side.start + part.start, self._step, part.stop - part.start)
+            for pixels, side, part in zip(box, window, some, strict=True)
         )
-        weight = down @ own.astype(np.float32) @ aside.T
-        lifted = (down @ rise @ aside.T) / np.maximum(weight, np.float32(1e-6))
+        weight = down @ own[some].astype(np.float32) @ aside.T
+        lifted = (down @ rise[some] @ aside.T) / np.maximum(weight, np.float32(1e-6))
         lifted[self._regions.labels[box] != region] = 0
         return box, lifted
 
@@ -190,8 +197,8 @@ def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps
     return np.asarray(result, np.float32)
 
 
-def _between(pixels: slice, cells: slice, step: int, length: int) -> NDArray[np.float32]:
-    """Weights of linear interpolation, [pixels, cells], along one axis; `length`: cells there are in the window."""
-    place = np.clip((np.arange(pixels.start, pixels.stop) + 0.5) / step - 0.5 - cells.start, 0, length - 1)
+def _between(pixels: slice, first: int, step: int, length: int) -> NDArray[np.float32]:
+    """Weights of linear interpolation along one axis between `length` cells from `first` on, [pixels, cells]."""
+    place = np.clip((np.arange(pixels.start, pixels.stop) + 0.5) / step - 0.5 - first, 0, length - 1)
     weights: NDArray[np.float32] = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(length))).astype(np.float32)
     return weights
