@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,14 @@ from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, overlap, union, widened
 from trace_sdk.instances.hierarchy import components
-from trace_sdk.instances.outlines import middle_level
-from trace_sdk.instances.walk import Regions
+from trace_sdk.instances.outlines import border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one
-JOIN = 0.9  # evidence from which two masks are one, see `join_neighbours`
-TOGETHER = 0.5  # what counts lying in the same regions, beside the weakness of the line between
+JOIN = -1.5  # evidence of a border, see `outlines.border_evidence`, up to which neighbours are one
 SHARED = 0.5  # least length of such a line, to the side of the smaller mask
 APART = 0.2  # IoU from which masks overlap rather than touch
 PEER = 0.25  # area of the smaller to the larger from which they can be parts of one
-REACH = 1  # pixels that touching masks may be apart, either way
+REACH = 1  # pixels beside a mask that it touches
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +39,13 @@ class Candidate:
         return self.mask.rle(self.shape)
 
 
-def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
+def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[Candidate]:
     """Masks that are one thing become one: alike ones, then the best neighbours, and so on until none are left."""
     found = list(masks)
     known: dict[tuple[Candidate, Candidate], float] = {}
     while True:
         found = _join_alike(found)
-        links = _best_neighbours(found, probability, regions, known)
+        links = _best_neighbours(found, probability, known)
         if not len(links):
             return found
         found = _joined(found, links)
@@ -67,14 +66,11 @@ def _join_alike(masks: list[Candidate]) -> list[Candidate]:
 def _best_neighbours(
     masks: Sequence[Candidate],
     probability: NDArray[np.float32],
-    regions: Regions,
     known: dict[tuple[Candidate, Candidate], float],
 ) -> NDArray[np.int32]:
     """Pairs of touching masks that nothing keeps apart, each the other's best, int32 [L, 2].
 
-    The evidence is how much weaker the line between them is than the middle level (`outlines`) of both as one, as a
-    share, and TOGETHER times how much they lie in the same regions (the sum over regions of the smaller share of the
-    two masks). A small thing on a large one stays, see PEER. `known`: evidence of pairs met before.
+    A small thing on a large one stays, see PEER. known: evidence of a border of the pairs met before.
     """
     boxes = [widened(one.mask.box, REACH + 1, one.shape) for one in masks]
     starts, stops = (
@@ -87,45 +83,29 @@ def _best_neighbours(
     for here, there in np.argwhere(np.triu(near & peers, 1)).tolist():
         pair = masks[here], masks[there]
         if pair not in known:
-            known[pair] = _evidence(*pair, union([boxes[here], boxes[there]]), probability, regions)
-        if known[pair] >= JOIN:
+            known[pair] = _evidence(*pair, union([boxes[here], boxes[there]]), probability)
+        if known[pair] <= JOIN:
             links.append((known[pair], here, there))
     best: dict[int, float] = {}
     for evidence, here, there in links:
         for place in (here, there):
-            best[place] = max(best.get(place, 0.0), evidence)
+            best[place] = min(best.get(place, inf), evidence)
     mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
     return np.array(mutual, np.int32).reshape(-1, 2)
 
 
-def _evidence(
-    one: Candidate, other: Candidate, box: Box, probability: NDArray[np.float32], regions: Regions
-) -> float:
-    """That two masks in a box are one thing; 0 where they don't touch as parts of one thing do."""
-    a, b, edges = one.mask.within(box), other.mask.within(box), probability[box]
+def _evidence(one: Candidate, other: Candidate, box: Box, probability: NDArray[np.float32]) -> float:
+    """Of a border between two masks in a box; inf where they don't touch as parts of one thing do."""
+    a, b = one.mask.within(box), other.mask.within(box)
     small, large = sorted((one.mask.area, other.mask.area))
     common = int(np.count_nonzero(a & b))
     if common > APART * (small + large - common):
-        return 0.0
-    line = _grown(a) & _grown(b)
-    # Between masks that touch, the line is 2 · REACH pixels wide.
-    if np.count_nonzero(line) < 2 * REACH * SHARED * small**0.5:
-        return 0.0
-    weakness = 1 - float(edges[line].mean()) / max(middle_level(a | b, edges), 1e-6)
-    labels, count = regions.labels[box], len(regions.areas)
-    shares = np.minimum(
-        np.bincount(labels[a], minlength=count) / one.mask.area, np.bincount(labels[b], minlength=count) / other.mask.area
-    )
-    return weakness + TOGETHER * float(shares.sum())
-
-
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask and the pixels beside it."""
-    grown = mask.copy()
-    for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        grown[here] |= mask[there]
-        grown[there] |= mask[here]
-    return grown
+        return inf
+    line = line_between(a, b)
+    # Between masks that touch, the line is two pixels wide.
+    if np.count_nonzero(line) < 2 * SHARED * small**0.5:
+        return inf
+    return border_evidence(a | b, line, probability[box])
 
 
 def _joined(masks: Sequence[Candidate], links: NDArray[np.int32]) -> list[Candidate]:

@@ -27,7 +27,7 @@ from scipy.ndimage import distance_transform_edt
 from trace_sdk.instances.boxed import Box, BoxedMask, seen_from, union, widened
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.joining import Candidate, join_masks
-from trace_sdk.instances.outlines import better_parts, middle_level, without_holes
+from trace_sdk.instances.outlines import Strengths, better_parts, without_holes
 from trace_sdk.instances.splitting import split_masks
 from trace_sdk.instances.walk import Fragment, Regions, spread_fragments
 
@@ -96,7 +96,7 @@ def propagate(
             common = np.count_nonzero(best.within(mask.box) & mask.inside)
             agreement = common / (best.area + mask.area - common)
             found.append(Candidate(best, float(scores[index] * agreement), [index], (height, width)))
-    joined = join_masks(found, probability, regions)
+    joined = join_masks(found, probability)
     runs = [one.rle for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
     return RefinedMasks(
@@ -121,15 +121,15 @@ def _best(
     """
     box = widened(filled.box, 1, probability.shape)
     given, edges = part.within(box), probability[box]
-    closed, _ = better_parts(given, given | filled.within(box), edges, middle_level(given, edges))
-    level = middle_level(closed, edges)
+    closed, _ = better_parts(given, given | filled.within(box), edges, Strengths.of(given, edges))
+    strengths = Strengths.of(closed, edges)
     before = BoxedMask.of(closed, (box[0].start, box[1].start))
     best, most = before, 0.0
     for after in _proposals(before, regions, rises):
         box = widened(union([before.box, after.box]), 1, probability.shape)
         closed, proposal = before.within(box), after.within(box)
         if np.count_nonzero(proposal & closed) >= ALIKE * np.count_nonzero(proposal | closed):
-            changed, gain = better_parts(closed, proposal, probability[box], level)
+            changed, gain = better_parts(closed, proposal, probability[box], strengths)
             if gain > most:
                 best, most = BoxedMask.of(changed, (box[0].start, box[1].start)), gain
     return best
