@@ -17,7 +17,7 @@ from trace_sdk.instances.hierarchy import components
 from trace_sdk.instances.outlines import border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one
-JOIN = -1.5  # evidence of a border, see `outlines.border_evidence`, up to which neighbours are one
+JOIN = -1.2  # evidence of a border, see `outlines.border_evidence`, up to which neighbours are one
 SHARED = 0.5  # least length of such a line, to the side of the smaller mask
 APART = 0.2  # IoU from which masks overlap rather than touch
 PEER = 0.25  # area of the smaller to the larger from which they can be parts of one

@@ -23,6 +23,7 @@ NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, t
 WIDER = 0.75  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 1.5  # and of one moved inwards
 FAR = 3.0  # and how much more where it moves further
+FIFTH = 0.2  # of the way from the inside to the outline, where a line is no border yet
 SURE = 0.99  # beyond which log-odds grow no more
 
 
@@ -78,15 +79,18 @@ class Strengths:
 def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
     """How much a line through a mask looks like a border in it: negative where it does not.
 
-    The log-odds of the edge probability on the line, its lower quartile, above those of the mask's middle level. A
-    border holds all along; a line that edges cross, or follow for a while, is strong on average only.
+    The log-odds of the edge probability on the line, its lower quartile, above a level that lies FIFTH of the way from
+    those inside the mask to those of its outline. A border holds all along; a line that edges cross, or follow for a
+    while, is strong on average only.
 
     Args:
         mask: bool [h, w]. line: bool [h, w], see `line_between`, not empty. probability: float32 [h, w].
     """
     # The edge may be one pixel wide and lie beside the line's middle.
     nearby = maximum_filter(probability, 3)[line]
-    return float(log_odds(float(np.quantile(nearby, 0.25))) - log_odds(Strengths.of(mask, probability).middle))
+    strengths = Strengths.of(mask, probability)
+    inside, outline = log_odds(strengths.inside), log_odds(strengths.outline)
+    return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - FIFTH) * inside - FIFTH * outline)
 
 
 def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

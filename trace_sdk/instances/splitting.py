@@ -13,7 +13,7 @@ from trace_sdk.instances.outlines import border_evidence, line_between
 from trace_sdk.instances.walk import Fragment, Regions
 
 SPLIT = 0.2  # share of a mask that makes a part an instance of its own
-BORDER = 2.5  # evidence of a border, see `outlines.border_evidence`, from which a mask is two
+BORDER = 3.0  # evidence of a border, see `outlines.border_evidence`, from which a mask is two
 
 
 def split_masks(probability: NDArray[np.float32], regions: Regions, masks: Sequence[BoxedMask]) -> list[Fragment]:
