@@ -24,7 +24,7 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
 
     Args:
         edges: float32 [h, w] in [0, 1].
-        regions: int32 [h, w]; cells of different regions have affinity 0.
+        regions: int32 [h, w]; cells of different regions have affinity 0, and so have those under 0 with any other.
     """
     height, width = edges.shape
     # The power falls, so the path's largest edge is its least power.
@@ -38,7 +38,8 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
         for y, x in _path(down, right):
             left = columns.start + x
             np.minimum(narrowest, passage[y : y + height - down, left : left + width - abs(right)], out=narrowest)
-        together = regions[rows, columns] == regions[down:, columns.start + right : columns.stop + right]
+        here = regions[rows, columns]
+        together = (here == regions[down:, columns.start + right : columns.stop + right]) & (here >= 0)
         affinity = np.zeros((height, width), np.float32)
         affinity[rows, columns] = narrowest * together
         # scipy keeps a diagonal by columns: that of offset o holds a_ij at j = i + o.

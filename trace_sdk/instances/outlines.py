@@ -87,7 +87,8 @@ def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probabilit
         mask: bool [h, w]. line: bool [h, w], see `line_between`, not empty. probability: float32 [h, w].
     """
     # The edge may be one pixel wide and lie beside the line's middle.
-    nearby = maximum_filter(probability, 3)[line]
+    box = box_of(line)
+    nearby = maximum_filter(probability[box], 3)[line[box]]
     strengths = Strengths.of(mask, probability)
     inside, outline = log_odds(strengths.inside), log_odds(strengths.outline)
     return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - FIFTH) * inside - FIFTH * outline)
