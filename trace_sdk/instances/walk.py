@@ -75,10 +75,11 @@ def spread_fragments(
         for place, one in enumerate(fragments)
         if one.share == 1
     }
-    for size, steps, own in ((step, STEPS, ~large), (2 * step, STEPS // 4, large)):
+    edges = block_maxima(probability, step)
+    for times, steps, own in ((1, STEPS, ~large), (2, STEPS // 4, large)):
         places = [place for place, one in enumerate(fragments) if own[one.region] and place not in rises]
         if places:
-            grid = _Grid(probability, regions, size, steps, least)
+            grid = _Grid(block_maxima(edges, times), regions, times * step, steps, least)
             rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
     return [rises[place] for place in range(len(fragments))]
 
@@ -86,14 +87,11 @@ def spread_fragments(
 class _Grid:
     """The walk on cells of `step` × `step` pixels, each in the region of its centre."""
 
-    def __init__(
-        self, probability: NDArray[np.float32], regions: Regions, step: int, steps: int, least: float
-    ) -> None:
-        self._step, self._steps, self._regions, self._least = step, steps, regions, least
-        self._edges = block_maxima(probability, step)
+    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, steps: int, least: float) -> None:
+        self._edges, self._step, self._steps, self._regions, self._least = edges, step, steps, regions, least
         middles = [
             np.minimum(np.arange(cells) * step + step // 2, length - 1)
-            for cells, length in zip(self._edges.shape, probability.shape, strict=True)
+            for cells, length in zip(edges.shape, regions.labels.shape, strict=True)
         ]
         self._cells = regions.labels[np.ix_(*middles)]
 
