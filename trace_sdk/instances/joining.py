@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
-from trace_sdk.instances.boxed import Box, BoxedMask, overlap, union, widened
+from trace_sdk.instances.boxed import Box, BoxedMask, union, widened
 from trace_sdk.instances.hierarchy import components
 from trace_sdk.instances.outlines import border_evidence, line_between
 

@@ -95,9 +95,7 @@ class _Grid:
         ]
         self._cells = regions.labels[np.ix_(*middles)]
 
-    def rises(
-        self, masks: Sequence[BoxedMask], fragments: Sequence[Fragment]
-    ) -> list[tuple[Box, NDArray[np.float32]]]:
+    def rises(self, masks: Sequence[BoxedMask], fragments: Sequence[Fragment]) -> list[tuple[Box, NDArray[np.float32]]]:
         # The walk never leaves a region, so fragments of different regions share a column.
         used: dict[int, int] = {}
         columns = []
