@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion, gaussian_filter, label
+from scipy.ndimage import gaussian_filter, label
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from skimage.morphology import local_minima
@@ -157,14 +157,10 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
 def _find_pieces(edges: NDArray[np.float32]) -> NDArray[np.int32]:
     """Watershed from the minima of the smoothed map; ridge pixels go to the side that reaches them first."""
     calm = np.rint(gaussian_filter(edges, _SMOOTH, mode="nearest") * _LEVELS).astype(np.uint8)
-    minima = local_minima(calm)  # type: ignore[no-untyped-call]
-    markers, count = label(minima)
+    markers, count = label(local_minima(calm))  # type: ignore[no-untyped-call]
     if count < 2:
         return np.zeros(edges.shape, np.int32)
-    # What lies inside a minimum floods nothing and would only wait in the queue.
-    inner = binary_erosion(minima, border_value=1)
-    flooded = watershed(edges, markers, mask=~inner)  # type: ignore[no-untyped-call]
-    return np.where(inner, markers, flooded).astype(np.int32) - 1
+    return np.asarray(watershed(edges, markers), np.int32) - 1  # type: ignore[no-untyped-call]
 
 
 def find_borders(
