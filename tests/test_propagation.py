@@ -12,8 +12,9 @@ from pycocotools import mask as codec
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
 from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
-from trace_sdk.instances.outlines import outline_strength
-from trace_sdk.instances.walk import TAIL, spread
+from trace_sdk.instances.boxed import BoxedMask
+from trace_sdk.instances.outlines import border_evidence, line_between, outline_strength
+from trace_sdk.instances.walk import TAIL, Fragment, Regions, spread, spread_fragments
 
 HEIGHT, WIDTH = 80, 120
 
@@ -103,6 +104,26 @@ def test_outline_strength() -> None:
     edges[:, 60] = 0.6
     half = outline_strength(box(0, HEIGHT, 0, 60), edges)
     assert half == pytest.approx(0.6)
+
+
+def test_a_border_holds_all_along() -> None:
+    """A line that is strong over half of its length is no border, whatever its mean."""
+    whole, line = LEFT | RIGHT, line_between(LEFT, RIGHT)
+    assert border_evidence(whole, line, PAIR.probability) > 3
+    gap = PAIR.probability.copy()
+    gap[22:42, 60] = 0
+    assert border_evidence(whole, line, gap) < -1.2
+    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None])) == 1
+    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT]))) == 1
+
+
+def test_a_region_that_lies_in_the_mask_stays_in_every_proposal() -> None:
+    """The walk from everywhere goes nowhere, which once read as nothing reached."""
+    fragments = [Fragment(0, 0, 0, 1.0), Fragment(0, 1, 0, 0.5)]
+    labels = (np.indices((HEIGHT, WIDTH))[1] >= 60).astype(np.int32)
+    regions, mask = Regions(labels), BoxedMask.of(box(0, HEIGHT, 0, 90))
+    (_, whole), (_, half) = spread_fragments(PAIR.probability * 0, regions, [mask], fragments, 0.25)
+    assert (whole == 1).all() and 0 <= half.min() < half.max() <= 1
 
 
 def test_merged_neighbours_are_split() -> None:
