@@ -23,7 +23,8 @@ NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, t
 WIDER = 0.75  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 1.5  # and of one moved inwards
 FAR = 3.0  # and how much more where it moves further
-FIFTH = 0.2  # of the way from the inside to the outline, where a line is no border yet
+BETWEEN = 0.2  # how far a level lies from the inside to the outline under which a line is no border
+QUIET = 0.05  # where edges are rarer still, a line without any is no border
 SURE = 0.99  # beyond which log-odds grow no more
 
 
@@ -79,7 +80,7 @@ class Strengths:
 def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
     """How much a line through a mask looks like a border in it: negative where it does not.
 
-    The log-odds of the edge probability on the line, its lower quartile, above a level that lies FIFTH of the way from
+    The log-odds of the edge probability on the line, its lower quartile, above a level that lies BETWEEN of the way from
     those inside the mask to those of its outline. A border holds all along; a line that edges cross, or follow for a
     while, is strong on average only.
 
@@ -90,8 +91,8 @@ def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probabilit
     box = box_of(line)
     nearby = maximum_filter(probability[box], 3)[line[box]]
     strengths = Strengths.of(mask, probability)
-    inside, outline = log_odds(strengths.inside), log_odds(strengths.outline)
-    return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - FIFTH) * inside - FIFTH * outline)
+    inside, outline = log_odds(max(strengths.inside, QUIET)), log_odds(max(strengths.outline, QUIET))
+    return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - BETWEEN) * inside - BETWEEN * outline)
 
 
 def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
