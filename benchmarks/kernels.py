@@ -10,7 +10,6 @@ benchmarks/results/, of which the last shows each time as a multiple of the arit
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -22,10 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
+from on_device import is_there, keep, measured_on, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor
 
-from trace_sdk.atomic import write_text
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.kernels import (
     abdiv,
@@ -36,7 +34,6 @@ from trace_sdk.kernels import (
     log_sum_exp,
     per_head_divergence,
 )
-from trace_sdk.machine import commit, hardware, versions
 
 TOLERANCE = 0.02  # of the mean ABDiv; beyond it a way counts as wrong and is not timed
 BASELINE = "hook"
@@ -357,8 +354,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", help="only this layer; repeatable")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print(NO_GPU)
+    if not is_there(options.device):
         return 2
     runs = options.runs or (100 if options.device == "cuda" else 10)
     if options.tune:
@@ -370,20 +366,15 @@ def main() -> int:
     peaks = measured_peaks(options.device)
     rows = [row for case in cases for row in measure(case, options.device, runs, peaks, ways)]
     result = {
-        "device": name_of(options.device),
-        "hardware": hardware(),
-        "versions": versions(["torch", "triton", "numpy"]),
-        "commit": commit(),
+        **measured_on(options.device, ["torch", "triton", "numpy"]),
         "runs": runs,
         "peaks": asdict(peaks),
         "cases": [asdict(case) for case in cases],
         "rows": rows,
     }
     name = f"kernels-{options.device}"
-    write_text(options.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
-    write_text(options.out / f"{name}.md", to_markdown(result))
+    keep(result, to_markdown(result), options.out, name)
     plot(result, options.out / f"{name}.png")
-    print(to_markdown(result))
     return int(any("wrong" in row.get("trouble", "") for row in rows))
 
 

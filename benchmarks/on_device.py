@@ -1,19 +1,20 @@
-"""What the benchmarks of kernels and teacher share: the device's name, and memory that a run takes."""
+"""What the benchmarks of kernels, teacher and student sizes share: device, memory of a run, result files."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trace_sdk.machine import hardware, peak_memory
+from trace_sdk.atomic import write_text
+from trace_sdk.machine import commit, hardware, peak_memory, versions
 
 RESULTS = Path(__file__).parent / "results"
-NO_GPU = "There is no CUDA device here. Run this on a machine that has one, or take --device cpu."
 
 
 def options_of(about: str | None) -> argparse.ArgumentParser:
@@ -22,6 +23,31 @@ def options_of(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     return parser
+
+
+def is_there(device: str) -> bool:
+    """Whether there is such a device; if not, says so."""
+    if device == "cpu" or torch.cuda.is_available():
+        return True
+    print("There is no CUDA device here. Run this on a machine that has one, or take --device cpu.")
+    return False
+
+
+def measured_on(device: str, packages: Sequence[str]) -> dict[str, Any]:
+    """What a result says about where its figures come from."""
+    return {
+        "device": name_of(device),
+        "hardware": hardware(),
+        "versions": versions(packages),
+        "commit": commit(),
+    }
+
+
+def keep(result: dict[str, Any], table: str, folder: Path, name: str) -> None:
+    """Write NAME.json and, with its table, NAME.md; print the table."""
+    write_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / f"{name}.md", table)
+    print(table)
 
 
 def name_of(device: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from on_device import RESULTS, name_of
+from on_device import RESULTS, keep, measured_on
 from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
@@ -34,7 +34,6 @@ from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
 from trace_sdk.evaluation.evaluate import evaluate
 from trace_sdk.evaluation.methods import BASELINES, Method
 from trace_sdk.export.onnx import export_onnx
-from trace_sdk.machine import commit, hardware, versions
 from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.labelled_images import LabelledImages
@@ -302,10 +301,7 @@ def main() -> int:
     times = cpu_milliseconds(files, options.size, options.rounds)
     result = {
         "command": " ".join(["benchmarks/student_size.py", *sys.argv[1:]]),
-        "device": name_of("cpu"),
-        "hardware": hardware(),
-        "versions": versions(["torch", "onnxruntime", "diffusers"]),
-        "commit": commit(),
+        **measured_on("cpu", ["torch", "onnxruntime", "diffusers"]),
         **settings,
         "size": options.size,
         "seeds": list(range(options.seeds)),
@@ -326,9 +322,7 @@ def main() -> int:
         ],
         "baselines": {method.name: scores(method, dataset, options.thresholds) for method in BASELINES},
     }
-    write_text(options.out / "student-size.json", json.dumps(result, indent=2) + "\n")
-    write_text(options.out / "student-size.md", to_markdown(result))
-    print(to_markdown(result))
+    keep(result, to_markdown(result), options.out, "student-size")
     return 0
 
 

@@ -10,7 +10,6 @@ and .md into benchmarks/results/.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -20,13 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from on_device import NO_GPU, name_of, options_of, peak_on_cpu, peak_on_cuda
+from on_device import is_there, keep, measured_on, options_of, peak_on_cpu, peak_on_cuda
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_text
 from trace_sdk.backbones.tap import SelfAttention, SelfAttentionTap
 from trace_sdk.kernels import abdiv_reference, row_kl_reference, temporal_kl, upsample_attention_reference
-from trace_sdk.machine import commit, hardware, versions
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary
 from trace_sdk.teacher.emergence import schedule
@@ -323,8 +320,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", help="only this model; repeatable")
     parser.add_argument("--stride", type=int, default=100, help="of the schedule, in thousandths of t")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print(NO_GPU)
+    if not is_there(options.device):
         return 2
     torch.set_grad_enabled(False)
     timesteps = schedule(options.stride)
@@ -333,16 +329,11 @@ def main() -> int:
         if not options.model or name in options.model:
             rows += measure(name, options.device, options.runs, timesteps)
     result = {
-        "device": name_of(options.device),
-        "hardware": hardware(),
-        "versions": versions(["torch", "triton", "diffusers"]),
-        "commit": commit(),
+        **measured_on(options.device, ["torch", "triton", "diffusers"]),
         "timesteps": timesteps,
         "rows": rows,
     }
-    write_text(options.out / f"teacher-{options.device}.json", json.dumps(result, indent=2) + "\n")
-    write_text(options.out / f"teacher-{options.device}.md", to_markdown(result))
-    print(to_markdown(result))
+    keep(result, to_markdown(result), options.out, f"teacher-{options.device}")
     return int(any("trouble" in row for row in rows))
 
 

@@ -57,7 +57,7 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
     model = onnx.load_from_string(engine)
     manifest = Manifest.from_metadata({entry.key: entry.value for entry in model.metadata_props}, source)
     if manifest.input == ANY_SIZE:
-        raise EngineError(f"{source}: takes photos of any size already.")
+        raise EngineError(f"{source}: takes photos of any size already. Use it, or the engine that it was made of.")
     check_one_file(manifest, source, "scaling in the graph")
     whole = _wrapped(model, manifest, output)
     for key, value in dataclasses.replace(manifest, input=ANY_SIZE, output=output).metadata().items():

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trace_sdk.kernels.head_mean import FLOOR, HEADROOM, LN2, LOG2E
-from trace_sdk.kernels.tiles_triton import Tile, exact_dots, fitted, load_part, scores_of, split_width
+from trace_sdk.kernels.tiles_triton import Tile, exact_dots, fitted, load_rows, scores_of, split_width
 
 _HEADROOM, _FLOOR, _LN2, _LOG2E = (tl.constexpr(x) for x in (HEADROOM, FLOOR, LN2, LOG2E))
 GROUP = 8  # tiles of queries that walk the keys side by side, so that they find the keys in L2
@@ -101,10 +101,7 @@ def _log_sum_exp(query, key, lse, q_batch, q_head, q_row, q_width, k_batch, k_he
     batch, head = pair // heads, pair % heads
     rows = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_base = query + batch * q_batch + head * q_head
-    q1 = load_part(q_base, rows, queries, q_row, q_width, D, 0, FIRST, EXACT)
-    q2 = q1
-    if REST > 0:
-        q2 = load_part(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
+    q1, q2 = load_rows(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
     k_base = key + batch * k_batch + head * k_head
     total = row_log2_sum(q1, q2, k_base, keys, k_row, k_width, scale2, D, FIRST, REST, EXACT, QUERIES, KEYS)
     tl.store(lse + pair * queries + rows, total * _LN2, mask=rows < queries)
@@ -119,10 +116,7 @@ def _image_log_sum_exp(lse, query, image_key, text_key, out, l_batch, l_head, l_
     batch, head = pair // heads, pair % heads
     rows = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_base = query + batch * q_batch + head * q_head
-    q1 = load_part(q_base, rows, queries, q_row, q_width, D, 0, FIRST, EXACT)
-    q2 = q1
-    if REST > 0:
-        q2 = load_part(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
+    q1, q2 = load_rows(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
     both = tl.load(lse + batch * l_batch + head * l_head + rows * l_row, mask=rows < queries, other=0.0) * _LOG2E
     t_base = text_key + batch * t_batch + head * t_head
     text = row_log2_sum(q1, q2, t_base, text_keys, t_row, t_width, scale2, D, FIRST, REST, EXACT, QUERIES, KEYS)
@@ -150,10 +144,7 @@ def _head_mean(query, key, lse, out, q_batch, q_head, q_row, q_width, k_batch, k
     mean = tl.zeros([QUERIES, KEYS], tl.float32)
     for head in range(0, heads):
         q_base = query + batch * q_batch + head * q_head
-        q1 = load_part(q_base, rows, queries, q_row, q_width, D, 0, FIRST, EXACT)
-        q2 = q1
-        if REST > 0:
-            q2 = load_part(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
+        q1, q2 = load_rows(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
         k_base = key + batch * k_batch + head * k_head
         scores = scores_of(q1, q2, k_base, columns, keys, k_row, k_width, D, FIRST, REST, EXACT)
         less = tl.load(lse + batch * l_batch + head * l_head + rows * l_row, mask=rows < queries, other=0.0)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trace_sdk.kernels.head_mean import LN2, LOG2E
-from trace_sdk.kernels.tiles_triton import Tile, exact_dots, fitted, load_part, split_width
+from trace_sdk.kernels.tiles_triton import Tile, exact_dots, fitted, load_part, load_rows, split_width
 
 _LN2 = tl.constexpr(LN2)
 
@@ -66,10 +66,9 @@ def _mean_key(query, key, mean_key, lse, q_batch, q_head, q_row, q_width, k_batc
     rows = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_base = query + batch * q_batch + head * q_head
     k_base = key + batch * k_batch + head * k_head
-    q1 = load_part(q_base, rows, queries, q_row, q_width, D, 0, FIRST, EXACT)
+    q1, q2 = load_rows(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
     mean1 = tl.zeros([QUERIES, FIRST], tl.float32)
     if REST > 0:
-        q2 = load_part(q_base, rows, queries, q_row, q_width, D, FIRST, REST, EXACT)
         mean2 = tl.zeros([QUERIES, REST], tl.float32)
     most = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)

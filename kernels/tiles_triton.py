@@ -64,6 +64,17 @@ def load_part(base, rows, limit, row_stride, width_stride, D: tl.constexpr, FROM
 
 
 @triton.jit
+def load_rows(base, rows, limit, row_stride, width_stride, D: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+              EXACT: tl.constexpr):  # fmt: skip
+    """The rows of a head in two parts, [rows, FIRST] and [rows, REST]; the first one twice where there is no rest."""
+    part1 = load_part(base, rows, limit, row_stride, width_stride, D, 0, FIRST, EXACT)
+    part2 = part1
+    if REST > 0:
+        part2 = load_part(base, rows, limit, row_stride, width_stride, D, FIRST, REST, EXACT)
+    return part1, part2
+
+
+@triton.jit
 def scores_of(q1, q2, base, columns, limit, row_stride, width_stride, D: tl.constexpr, FIRST: tl.constexpr,
               REST: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """query·key of a tile: [queries, keys] float32. The width goes in two products, so 40 costs 48 and not 64."""

@@ -216,7 +216,7 @@ def test_command(engines: list[Path], photo: Path, tmp_path: Path, monkeypatch: 
     arguments = ["benchmark", engines[0], "--photo", photo, "--size", 64, "--runs", 2, "--rounds", 1, "--batch", 2]
     result = CliRunner().invoke(main, [str(part) for part in [*arguments, "-o", tmp_path / "speed"]])
     assert result.exit_code == 0, result.output
-    for part in ("tiny fp32 on cpu", "p99", "upscale", "×2", "One round only", "not measured", "latency.md"):
+    for part in ("tiny fp32 on cpu", "p99", "resize back", "×2", "One round only", "not measured", "latency.md"):
         assert part in result.stdout
     assert json.loads((tmp_path / "speed/latency.json").read_text())["rounds"] == 1
     wrong = CliRunner().invoke(main, ["benchmark", "--plot"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,21 @@ def test_small_enough() -> None:
 @torch.inference_mode()
 def test_untrained_it_is_the_colour_gradient_at_half_size() -> None:
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    fresh = NanoStudent().eval()
     half = F.interpolate(ColourGradient(step=2)(images), scale_factor=2.0, mode="bilinear")[:, 0]
-    assert torch.equal(fresh.logits(images), half)
-    _, coarse = fresh(images)
+    logits, coarse = NanoStudent().eval()(images)
+    assert torch.equal(logits, half)
     assert [tuple(side.shape[1:]) for side in coarse] == [(2, 3), (4, 6), (8, 12), (16, 24)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 160)])
+def test_it_answers_with_the_mean_over_an_image_pyramid(student: NanoStudent, size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    answers = []
+    for step in (1, 2, 4):
+        smaller = images.unflatten(2, (-1, step)).unflatten(4, (-1, step)).mean((3, 5))
+        answers.append(F.interpolate(student(smaller)[0][:, None], size, mode="bilinear")[:, 0])
+    assert torch.allclose(student.logits(images), sum(answers) / 3, atol=1e-5)
 
 
 def test_gradient_at_half_size_has_the_same_unit() -> None:
@@ -107,6 +118,23 @@ def test_it_learns_its_labels(images: LabelledImages, tmp_path: Path) -> None:
     settings = NanoSettings(steps=50, crops=4, size=64, held_out=0.6)
     distill_nano(images, tmp_path, settings, report=lambda _, terms: losses.append(terms["coarse"]))
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_with_a_student_to_start_from_it_learns_the_mean_of_both(
+    images: LabelledImages, student: NanoStudent, tmp_path: Path
+) -> None:
+    """So its error against its own start stays below that of one that learns the labels alone."""
+    settings = NanoSettings(steps=40, crops=4, size=64, held_out=0.6, learning_rate=1e-2)
+    before = copy.deepcopy(student)
+    both = distill_nano(images, tmp_path / "both", settings, start=copy.deepcopy(student))
+    labels = distill_nano(images, tmp_path / "labels", settings)
+    batch = images.batch(7, 4, 64)[0]
+
+    @torch.inference_mode()
+    def distance(one: NanoStudent, other: NanoStudent) -> float:
+        return float((one.logits(batch) - other.logits(batch)).abs().mean())
+
+    assert 0 < distance(both, before) < distance(labels, before)
 
 
 def test_changed_light_keeps_the_range_and_depends_on_the_generator_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,11 @@ def test_things_with_clean_outlines_are_cut_out_best_first() -> None:
         assert alpha.shape == (cutout.box[3] - cutout.box[1] + 2, cutout.box[2] - cutout.box[0] + 2)
         assert alpha[0].max() < 128 and alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] == 255
     assert len(cut_out(outlined({strong: 0.9, weak: 0.6}), min_score=0.7)) == 1
+
+
+def test_what_counts_as_clean_follows_the_engine_s_threshold() -> None:
+    edges = outlined({(20, 20, 80, 90): 0.3})
+    assert not cut_out(replace(edges, threshold=0.7)) and len(cut_out(replace(edges, threshold=0.2))) == 1
 
 
 def test_shapes_are_whole_and_differ() -> None:

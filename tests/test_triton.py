@@ -1,8 +1,9 @@
-"""The model repository; a real Triton Inference Server was asked by hand, see docs/deployment.md."""
+"""The model repository as files; test_triton_server.py asks a real server."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def test_the_servers_answer_may_be_bytes(tiny_engine: Path, tmp_path: Path) -> N
     model = write_repository(tiny_engine, tmp_path, output="uint8")
     assert "TYPE_UINT8, dims: [-1, -1] }" in (model / "config.pbtxt").read_text()
     again = write_repository(model / "1/model.onnx", tmp_path / "again")
+    with pytest.raises(ArgumentError, match="answers in uint8, not float32"):
+        write_repository(model / "1/model.onnx", tmp_path / "third", output="float32")
     assert (again / "1/model.onnx").read_bytes() == (model / "1/model.onnx").read_bytes(), "scaling is in it already"
 
 
@@ -69,6 +72,7 @@ def test_each_bucket_shape_is_warmed(tiny_engine: Path, tmp_path: Path) -> None:
     [
         ({}, {"max_batch": 0}, ArgumentError, "max_batch=0"),
         ({}, {"buckets": [60]}, ArgumentError, "multiples of 8"),
+        ({}, {"output": "int8", "encoded": True}, ArgumentError, "output='int8' is not one of"),
         ({}, {"buckets": [64], "output": "uint8"}, ArgumentError, "leave buckets out"),
         ({"name": "../up"}, {}, ArgumentError, "cannot name a model"),
         ({"name": 'a" b'}, {}, ArgumentError, "cannot name a model"),
@@ -98,12 +102,31 @@ def test_nothing_is_overwritten_or_left_half_written(
     def full(*_: object) -> None:
         raise OutputError("disk full")
 
-    monkeypatch.setattr(triton, "write_text", full)
+    monkeypatch.setattr(triton, "write_bytes", full)
     with pytest.raises(OutputError, match="disk full"):
         write_repository(tiny_engine, tmp_path / "b")
     assert not list((tmp_path / "b").iterdir())
     with pytest.raises(EngineError):
         write_repository(tmp_path / "missing.onnx", tmp_path / "b")
+
+
+@pytest.mark.parametrize("buckets", [None, [64, 96]])
+def test_models_that_take_files_come_with_the_engine(
+    tiny_engine: Path, tmp_path: Path, buckets: list[int] | None
+) -> None:
+    ensemble = write_repository(tiny_engine, tmp_path, buckets=buckets, encoded=True)
+    assert ensemble == tmp_path / "tiny-photo"
+    steps = re.findall('model_name: "([^"]+)"', (ensemble / "config.pbtxt").read_text())
+    assert steps == ["tiny-decode", "tiny", *(["tiny-restore"] if buckets else [])]
+    assert {path.name for path in tmp_path.iterdir()} == {*steps, "tiny-photo"}
+    decode = parameters((tmp_path / "tiny-decode/config.pbtxt").read_text())
+    # tiny scales to 128 by default, which is more than the largest bucket
+    assert decode == ({"size": "96", "buckets": "64,96"} if buckets else {"size": "128", "buckets": ""})
+    for folder in ("tiny", "tiny-decode"):
+        shutil.rmtree(tmp_path / folder)
+    with pytest.raises(OutputError, match="tiny-photo exists already"):
+        write_repository(tiny_engine, tmp_path, encoded=True)
+    assert not (tmp_path / "tiny").exists()
 
 
 @pytest.fixture
@@ -160,9 +183,19 @@ def test_plans_that_triton_cannot_run(
 
 
 def test_command(tiny_engine: Path, tmp_path: Path) -> None:
-    arguments = ["deploy", "triton", f"{tmp_path}/models", "--engine", f"{tiny_engine}", "--buckets", "64,128"]
+    arguments = [
+        "deploy",
+        "triton",
+        f"{tmp_path}/models",
+        "--engine",
+        f"{tiny_engine}",
+        "--buckets",
+        "64,128",
+        "--encoded",
+    ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0 and f"tritonserver --model-repository={tmp_path}/models" in done.output
+    assert (tmp_path / "models/tiny-photo").is_dir()
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "exists already" in again.stderr and "Traceback" not in again.output
     assert "Examples:" in CliRunner().invoke(main, ["deploy", "triton", "--help"]).stdout

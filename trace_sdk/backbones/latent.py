@@ -26,7 +26,7 @@ from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
 from trace_sdk.backbones.quiet import quiet
-from trace_sdk.backbones.tap import SelfAttentionCalls, SelfAttentionTap
+from trace_sdk.backbones.tap import AttentionCalls, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError, OutOfMemoryError
 
 LEAST_TOKENS = 8  # a side, below which ABDiv says nothing
@@ -73,14 +73,20 @@ class LatentBackbone(Placed):
         self._prompt_names = tuple(prompt)
         for name, value in prompt.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
-        named = re.compile(self.self_attention)
-        self.attending = {name: module for name, module in denoiser.named_modules() if named.search(name)}
-        self._calls = SelfAttentionCalls(self.attending.values())
+        self.attending = self._named(self.self_attention)
+        self._calls = AttentionCalls(self.attending.values())
+        cross = self.cross_attention
+        self.calls_on_text = AttentionCalls(self._named(cross).values()) if cross else self._calls
         if self.in_channels != self.latent_channels:
             raise CheckpointError(
                 f"This {self.family} model takes {self.in_channels} channels, its VAE gives {self.latent_channels}: "
                 "a variant for inpainting or control. Give the text-to-image one."
             )
+
+    def _named(self, pattern: str) -> dict[str, Any]:
+        """The denoiser's modules of such names."""
+        named = re.compile(pattern)
+        return {name: module for name, module in self.denoiser.named_modules() if named.search(name)}
 
     @classmethod
     def matches(cls, config: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from trace_sdk.atomic import write_text
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
-from trace_sdk.backbones.tap import SelfAttention, SelfAttentionCalls, SelfAttentionTap
+from trace_sdk.backbones.tap import AttentionCalls, SelfAttention, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
 
 PATCH = 8
@@ -50,7 +50,7 @@ class PixelBackbone(Placed):
         self.denoiser, self.identity = denoiser, identity
         blocks = denoiser.single_transformer_blocks
         self.attending = {f"single_transformer_blocks.{i}.attn": block.attn for i, block in enumerate(blocks)}
-        self._calls = SelfAttentionCalls(self.attending.values())
+        self._calls = AttentionCalls(self.attending.values())
 
     @classmethod
     def create(cls, *, num_single_layers: int, num_attention_heads: int) -> PixelBackbone:

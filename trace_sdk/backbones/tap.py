@@ -48,14 +48,14 @@ ImageTokens = Callable[[int, int], "tuple[slice, tuple[int, int]] | None"]
 not self-attention over the image."""
 
 
-class SelfAttentionCalls:
+class AttentionCalls:
     """Which module is attending just now, and its number in forward order.
 
-    What tells self-attention from the rest is the module that calls, not how many keys there are. A number stays with
-    its module, so that a block that is computed again for its gradients has the one that it had.
+    What tells one kind of attention from another is the module that calls, not how many keys there are. A number stays
+    with its module, so that a block that is computed again for its gradients has the one that it had.
 
     Args:
-        modules: those that attend among image tokens, each once in a forward pass, in any order.
+        modules: those of one kind, each called once in a forward pass, in any order.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -96,7 +96,7 @@ class SelfAttentionTap(TorchFunctionMode):
         self,
         on_attention: Callable[[SelfAttention], None],
         image_tokens: ImageTokens,
-        calls: SelfAttentionCalls | None = None,
+        calls: AttentionCalls | None = None,
         *,
         share_softmax: bool = False,
     ) -> None:

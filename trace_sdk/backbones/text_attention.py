@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from trace_sdk.backbones.latent import LatentBackbone
 from trace_sdk.backbones.prompts import Prompt
+from trace_sdk.backbones.tap import AttentionCalls
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,13 @@ def attend_to_text(
         The network's answer, of the shape of X_t, the same bits as without being watched.
     """
     latents, text = (x_t.shape[-2], x_t.shape[-1]), prompt["tokens"].shape[1]
-    name_of = re.compile(backbone.cross_attention or backbone.self_attention)
-    running: list[nn.Module] = []
 
     def image_and_text(queries: int, keys: int) -> tuple[slice, tuple[int, int], slice] | None:
         image, grid = backbone.image_tokens(queries, latents)
-        found = backbone.text_tokens(grid[0] * grid[1], text, keys) if running else None
+        found = backbone.text_tokens(grid[0] * grid[1], text, keys)
         return (image, grid, found) if found else None
 
-    with ExitStack() as stack:
-        for name, module in backbone.denoiser.named_modules():
-            if name_of.search(name):  # the module that calls tells one kind of attention from another
-                stack.enter_context(module.register_forward_pre_hook(lambda module, _: running.append(module)))
-                stack.enter_context(module.register_forward_hook(lambda *_: running.clear()))
-        stack.enter_context(TextAttentionTap(on_attention, image_and_text))
+    with TextAttentionTap(on_attention, image_and_text, backbone.calls_on_text):
         answer: Tensor = backbone(x_t, t, prompt=prompt)
     return answer
 
@@ -75,17 +67,18 @@ class TextAttentionTap(TorchFunctionMode):
     Args:
         on_attention: called once for each call in which the image looks at the text, in forward order.
         image_and_text: where the two lie in a call.
+        calls: of the modules in which the image looks at the text.
     """
 
-    def __init__(self, on_attention: OnText, image_and_text: ImageAndText) -> None:
+    def __init__(self, on_attention: OnText, image_and_text: ImageAndText, calls: AttentionCalls) -> None:
         super().__init__()
-        self._on_attention, self._image_and_text = on_attention, image_and_text
+        self._on_attention, self._image_and_text, self._calls = on_attention, image_and_text, calls
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and self._calls.running is not None:
             names = ("query", "key", "value", "attn_mask")
             call = {**dict(zip(names, args, strict=False)), **kwargs}
             query, key, scale = call["query"], call["key"], call.get("scale")

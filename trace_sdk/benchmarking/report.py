@@ -218,7 +218,7 @@ class Report:
         left = np.zeros(len(self.rows))
         for stage in STAGES:
             widths = np.array([row.stage(stage) or 0.0 for row in self.rows])
-            latency.barh(places, widths, left=left, label=_label(stage))
+            latency.barh(places, widths, left=left, label=stage.replace("_", " "))
             left += widths
         for place, row in zip(places, self.rows, strict=True):
             latency.plot(
@@ -252,7 +252,11 @@ class Report:
             throughput.append([row.name, *(_figure(row.throughput(batch)) for batch in batches), *memory])
         return [
             ("One photo, ms", ["method", "p50", "p90", "p99", "cold start", "rounds differ"], latency),
-            ("Its stages at the median, ms", ["method", *map(_label, STAGES), "change"], stages),
+            (
+                "Its stages at the median, ms",
+                ["method", *(stage.replace("_", " ") for stage in STAGES), "change"],
+                stages,
+            ),
             (
                 "Photos per second by batch, and peak MiB",
                 ["method", *(f"×{batch}" for batch in batches), "MiB ×1", f"MiB ×{max(batches, default=1)}"],
@@ -267,10 +271,6 @@ def need_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("Plots need matplotlib. Run: pip install matplotlib, or leave --plot out.")
-
-
-def _label(stage: str) -> str:
-    return {"resize_back": "upscale"}.get(stage, stage)
 
 
 def _ms(value: float | None) -> str:

@@ -25,6 +25,7 @@ _VERBS = {
     "distill-nano": "Train a small convolutional student, for CPUs, on the same labels.",
     "cutouts": "Cut the things in photos out along their edges, as RGBA pictures.",
     "self-train": "Make a student better by scenes composed of its own cut-outs.",
+    "combine": "Make one student of two: with a backbone, and convolutional.",
     "export": "Turn a student into one engine file and check its answers against torch.",
     "benchmark": "Measure latency, throughput and memory of engines on this machine.",
     "deploy": "Write the folder that an inference server loads (Triton).",

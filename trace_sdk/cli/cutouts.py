@@ -22,13 +22,12 @@ from trace_sdk.errors import InputError
 @click.option(
     "--min-score",
     type=click.FloatRange(0, 1),
-    default=0.25,
-    show_default=True,
-    help="How clean an outline must be: mean edge probability, less the strongest border inside.",
+    help="How clean an outline must be: mean edge probability, less the strongest border inside. "
+    "[default: half the engine's threshold]",
 )
 @engine_options
 def command(
-    photos: tuple[str, ...], out: Path, min_score: float, engine: str | None, device: str, size: int | None
+    photos: tuple[str, ...], out: Path, min_score: float | None, engine: str | None, device: str, size: int | None
 ) -> None:
     """Cut out what the edges enclose: whole, compact, with a clean outline.
 

@@ -11,7 +11,8 @@ from scipy.ndimage import find_objects, gaussian_filter
 
 from trace_sdk.edge_map import EdgeMap
 
-CUTS = (0.35, 0.5)  # thresholds through the hierarchy: things and their parts
+CUTS = (0.7, 1.0)  # cuts through the hierarchy, shares of the engine's threshold: things and their parts
+CLEAN = 0.5  # score of a clean outline, as a share of that threshold
 AREA = (600, 0.3)  # smallest in pixels, largest as a share of the photo
 SHORTEST = 40  # pixels of the longer side
 FILLED = 0.35  # share of its box that a thing fills
@@ -27,25 +28,26 @@ class Cutout:
     score: float
 
 
-def cut_out(edges: EdgeMap, min_score: float = 0.0) -> list[Cutout]:
+def cut_out(edges: EdgeMap, min_score: float | None = None) -> list[Cutout]:
     """The instances of a photo that look like things: whole in the picture, compact, with a clean outline.
 
     Args:
-        edges: of the photo. min_score: of the outline, in [0, 1].
+        edges: of the photo. min_score: of the outline, in [0, 1]; None: half the engine's threshold.
 
     Returns:
         best first; one that several cuts of the hierarchy agree on is there once.
     """
     found: dict[tuple[int, int, int, int], Cutout] = {}
-    for threshold in CUTS:
-        instances = edges.instances(threshold)
+    least = CLEAN * edges.threshold if min_score is None else min_score
+    for share in CUTS:
+        instances = edges.instances(share * edges.threshold)
         height, width = instances.labels.shape
         for number, (rows, columns) in enumerate(find_objects(instances.labels), start=1):
             score, area = float(instances.scores[number - 1]), int(instances.areas[number - 1])
             box = (columns.start, rows.start, columns.stop, rows.stop)
             touches_rim = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
             sides = (box[2] - box[0], box[3] - box[1])
-            if touches_rim or score < min_score or not AREA[0] <= area <= AREA[1] * height * width:
+            if touches_rim or score < least or not AREA[0] <= area <= AREA[1] * height * width:
                 continue
             if max(sides) < SHORTEST or area < FILLED * sides[0] * sides[1]:
                 continue

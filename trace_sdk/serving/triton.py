@@ -1,4 +1,6 @@
-"""A model repository for the Triton Inference Server: the engine file and a config.pbtxt beside it."""
+"""A model repository for the Triton Inference Server: the engine file and a config.pbtxt beside it, and on request the
+models that decode photos.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.atomic import write_bytes
 from trace_sdk.buckets import bucket_shapes, checked_buckets
 from trace_sdk.engines import ON_GPU, read_engine
-from trace_sdk.engines.manifest import ANY_SIZE, Manifest, verify_data, verify_seal
+from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.plan import MAGIC, Built, unpack
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
+from trace_sdk.serving.photo_models import IMAGE, QUEUE_LENGTH, answer, parameter, photo_models
 
 QUEUE_DELAY = 2000  # µs that a request may wait for others of its shape
-QUEUE_LENGTH = 256  # requests that may wait; more are refused at once
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def write_repository(
     *,
     max_batch: int = 8,
     buckets: Sequence[int] | None = None,
-    output: str = "float32",
+    output: str | None = None,
+    encoded: bool = False,
 ) -> Path:
     """Write FOLDER/NAME with a config.pbtxt and 1/model.onnx for the onnxruntime backend, or, of a TensorRT `.engine`,
     1/model.plan for the TensorRT backend.
@@ -48,27 +51,34 @@ def write_repository(
     package unless the engine has it already). With `buckets` they scale and pad to those sides, so that photos of
     different sizes share few shapes. The server batches requests of one shape, and runs on a GPU where it has one.
 
+    With `encoded` there is NAME-photo, too: its `photo` is the bytes of a JPEG, PNG or other file [batch, 1], read as
+    `read_image` does, and its answer has the photo's size, also with `buckets`. The server's Python needs trace-sdk.
+
     Args:
         engine: a path, a bundled name, or None for "trace-small"; its seal is checked. A TensorRT engine needs
             `buckets` and runs only on the GPU and the TensorRT version that it was built for.
         max_batch: the most pictures that go through the engine together.
         buckets: lengths of sides that clients will pad to, as in `EdgeDetector`; the server runs each shape once
             before it says that it is ready.
-        output: dtype of the answers where scaling goes into the graph, "float32", "float16" or "uint8" (255 × that).
+        output: dtype of the answers where scaling goes into the graph, "float32" (None), "float16" or "uint8", 255 ×
+            that; an engine that takes any size has its own.
+        encoded: also write NAME-photo, and the models that it is made of.
 
     Returns:
-        FOLDER/NAME.
+        FOLDER/NAME; with `encoded`, FOLDER/NAME-photo.
 
     Raises:
         EngineError: missing, corrupt or foreign engine, or a plan of TensorRT-RTX, which Triton cannot run.
-        ArgumentError: `max_batch` below 1 or beyond the plan's, wrong `buckets` or none for a plan, or the engine's
-            name cannot name a folder.
-        OutputError: FOLDER/NAME exists, or cannot be written.
+        ArgumentError: `max_batch` below 1 or beyond the plan's, wrong `buckets` or none for a plan, an `output` that
+            the engine does not have, or the engine's name cannot name a folder.
+        OutputError: a model of that name exists in FOLDER, or one cannot be written.
         MissingExtraError: scaling has to go into the graph, and the onnx package is not installed.
     """
     if max_batch < 1:
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
-    if buckets is not None and output != "float32":
+    if output not in (None, *ANSWER_TYPES):
+        raise ArgumentError(f"output={output!r} is not one of {', '.join(ANSWER_TYPES)}.")
+    if buckets is not None and output not in (None, "float32"):
         raise ArgumentError(f"output={output!r} is for photos of any size; leave buckets out.")
     model, source = read_engine(engine or ON_GPU)
     served = _served(model, source)
@@ -80,27 +90,37 @@ def write_repository(
     sides = checked_buckets(buckets, manifest) if buckets is not None else ()
     if sides and manifest.input == ANY_SIZE:
         raise ArgumentError(f"{name} scales photos inside its graph, so buckets cannot be chosen.")
+    if manifest.input == ANY_SIZE and output not in (None, manifest.output):
+        raise ArgumentError(
+            f"{source}: answers in {manifest.output}, not {output}; use the engine that it was made of."
+        )
+    output = manifest.output if manifest.input == ANY_SIZE else output or "float32"
     if served.built is not None:
         _check_plan(served.built, source, max_batch, bool(sides))
     beside = verify_data(manifest, source)
-    target = Path(folder, name)
-    if target.exists():
-        raise OutputError(f"{target} exists already. Remove it, or give another folder.")
+    around = photo_models(manifest, max_batch, sides, output) if encoded else {}
+    for target in (Path(folder, model_name) for model_name in (name, *around)):
+        if target.exists():
+            raise OutputError(f"{target} exists already. Remove it, or give another folder.")
     if not sides and manifest.input != ANY_SIZE:
         from trace_sdk.export.any_size import take_any_size
 
         served = _served(take_any_size(model, source, output=output), source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in target.parent.glob(f".{name}.*"):  # of a process that was killed; a server would try to load it
+    models = {name: {"config.pbtxt": _configuration(served, max_batch, sides).encode()}, **around}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for unfinished in Path(folder).glob(f".{name}.*"):  # of a process that was killed; a server would try to load it
         shutil.rmtree(unfinished, ignore_errors=True)
-    # The server may watch the folder: the model appears in it whole.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as building:
-        made = Path(building, name)
-        write_bytes(made / f"1/model.{'onnx' if served.built is None else 'plan'}", served.model)
+    # The server may watch the folder: models appear in it whole, those that others need first.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as building:
+        version = Path(building, name, "1")
+        write_bytes(version / f"model.{'onnx' if served.built is None else 'plan'}", served.model)
         if beside is not None:
-            shutil.copyfile(beside / manifest.data["file"], made / "1" / manifest.data["file"])
-        write_text(made / "config.pbtxt", _configuration(served, max_batch, sides))
-        made.rename(target)
+            shutil.copyfile(beside / manifest.data["file"], version / manifest.data["file"])
+        for model_name, files in models.items():
+            for file, content in files.items():
+                write_bytes(Path(building, model_name, file), content)
+        for model_name in models:
+            Path(building, model_name).rename(Path(folder, model_name))
     return target
 
 
@@ -126,7 +146,6 @@ def _check_plan(built: Built, source: str, max_batch: int, padded: bool) -> None
 def _configuration(served: _Served, max_batch: int, sides: Sequence[int]) -> str:
     """The config.pbtxt for an engine, protobuf text of Triton's ModelConfig."""
     manifest, built = served.manifest, served.built
-    kind = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}[manifest.output]
     parameters = {
         "input": manifest.input,
         "multiple_of": manifest.multiple_of,
@@ -142,8 +161,8 @@ def _configuration(served: _Served, max_batch: int, sides: Sequence[int]) -> str
         f'name: "{manifest.name}"',
         'backend: "onnxruntime"' if built is None else 'backend: "tensorrt"',
         f"max_batch_size: {max_batch}",
-        'input [{ name: "image", data_type: TYPE_UINT8, dims: [-1, -1, 3] }]',
-        f'output [{{ name: "edge_probability", data_type: {kind}, dims: [-1, -1] }}]',
+        f"input [{IMAGE}]",
+        f"output [{answer(manifest.output)}]",
         "instance_group [{ count: 1 }]" if built is None else "instance_group [{ count: 1, kind: KIND_GPU }]",
         "dynamic_batching {",
         f"  max_queue_delay_microseconds: {QUEUE_DELAY}",
@@ -160,7 +179,5 @@ def _configuration(served: _Served, max_batch: int, sides: Sequence[int]) -> str
     for height, width in shapes:
         image = f'{{ key: "image", value: {{ data_type: TYPE_UINT8, dims: [{height}, {width}, 3], zero_data: true }} }}'
         lines.append(f'model_warmup [{{ name: "{height}x{width}", batch_size: 1, inputs: {image} }}]')
-    lines += [
-        f'parameters {{ key: "{key}", value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
-    ]
+    lines += [parameter(key, value) for key, value in parameters.items()]
     return "\n".join([*lines, ""])

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import TypeAlias
 
+from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 
-AnyStudent: TypeAlias = Student | NanoStudent
+AnyStudent: TypeAlias = Student | NanoStudent | CombinedStudent
 
 
 def open_student(folder: str | Path) -> AnyStudent:
-    """What `trace-sdk distill` or `distill-nano` wrote; `student.json` says which.
+    """What `trace-sdk distill`, `distill-nano`, `self-train` or `combine` wrote; `student.json` says which.
 
     Raises:
         CheckpointError: a part is missing or corrupt.
@@ -22,4 +23,5 @@ def open_student(folder: str | Path) -> AnyStudent:
         architecture = json.loads((Path(folder) / "student.json").read_text()).get("architecture")
     except (OSError, ValueError, AttributeError):
         architecture = None  # Student.load says what is wrong
-    return NanoStudent.load(folder) if architecture == "nano" else Student.load(folder)
+    kinds: dict[str | None, type[NanoStudent | CombinedStudent]] = {"nano": NanoStudent, "combined": CombinedStudent}
+    return kinds[architecture].load(folder) if architecture in kinds else Student.load(folder)

@@ -24,13 +24,15 @@ from trace_sdk.student.colour_gradient import ColourGradient
 
 WIDTHS = (16, 32, 64, 96, 128)  # channels at 1/2, 1/4 … 1/32 of the image's size
 DEPTHS = (0, 1, 2, 4, 4)  # residual blocks at each
+SMALLER = (1, 2, 4)  # an answer is the mean over the image at its size, at a half and at a quarter
 
 
 class NanoStudent(nn.Module):
     """Images float [B, 3, H, W] in [−1, 1], sides multiples of 32 → edge logits [B, H, W].
 
     An encoder from 1/2 to 1/32 of the size and back up, with an output at every scale on the way: the coarse ones
-    are learnt from too, and only the finest is used. No layer takes statistics over the image.
+    are learnt from too, and only the finest is used. It learns on crops at one size and answers with the mean of the
+    log-odds over an image pyramid: in a smaller picture less is texture. No layer takes statistics over the image.
 
     Args:
         threshold: probability above which a pixel counts as edge, calibrated by `distill_nano`.
@@ -64,7 +66,7 @@ class NanoStudent(nn.Module):
             nn.init.zeros_(value)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Edge logits [B, H, W], and those of the coarser scales, [B, h, w] from 1/32 to 1/4."""
+        """Edge logits [B, H, W] at this one size, and those of the coarser scales, [B, h, w] from 1/32 to 1/4."""
         gradient = self.gradient(images)
         scales = [self.stem(torch.cat([F.pixel_unshuffle(images, 2), gradient], 1))]
         for layer in self.down:
@@ -72,7 +74,8 @@ class NanoStudent(nn.Module):
         x = scales[-1]
         coarse = [self.side[-1](x).squeeze(1)]
         for scale in reversed(range(len(self.down))):
-            x = self.refine[scale](F.interpolate(self.lateral[scale](x), scale_factor=2.0) + scales[scale])
+            finer = scales[scale]
+            x = self.refine[scale](F.interpolate(self.lateral[scale](x), finer.shape[-2:]) + finer)
             if scale:
                 coarse.append(self.side[scale - 1](x).squeeze(1))
         start = F.interpolate(gradient, scale_factor=2.0, mode="bilinear", align_corners=False)
@@ -80,9 +83,12 @@ class NanoStudent(nn.Module):
         return logits.squeeze(1), coarse
 
     def logits(self, images: Tensor) -> Tensor:
-        """The finest edge logits alone, [B, H, W]."""
-        logits: Tensor = self(images)[0]
-        return logits
+        """The answer: edge logits [B, H, W], the mean over the image pyramid."""
+        answers = [self(images)[0][:, None]]
+        for smaller in SMALLER[1:]:
+            logits = self(F.avg_pool2d(images, smaller))[0][:, None]
+            answers.append(F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False))
+        return torch.cat(answers, 1).mean(1)
 
     def weights_sha256(self) -> str:
         """sha256 over all weights, for engine metadata."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trace_sdk.errors import ArgumentError
 from trace_sdk.student.calibrate import best_threshold
+from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
 from trace_sdk.student.folder import AnyStudent
@@ -76,6 +77,8 @@ def self_train(
             f"steps must be ≥ 1, crops ≥ 2, size a multiple of {step} from {student.min_size}; got {settings.steps}, "
             f"{settings.crops}, {settings.size}."
         )
+    if isinstance(student, CombinedStudent):
+        raise ArgumentError("A combined student does not train itself: train its parts, then combine them.")
     trainer = _Trainer(student.to(device), scenes, settings, device)
     train_until(settings.steps, trainer, out, save_seconds, report)
     better = trainer.finished()
@@ -87,7 +90,7 @@ class _Trainer:
     """What learns: all of a convolutional student, the decoder of one with a backbone; as it was and as it becomes."""
 
     def __init__(
-        self, student: AnyStudent, scenes: OwnScenes, settings: SelfTrainSettings, device: torch.device | str
+        self, student: Student | NanoStudent, scenes: OwnScenes, settings: SelfTrainSettings, device: torch.device | str
     ) -> None:
         self.student, self.scenes, self.settings = student, scenes, settings
         self.device, self.step = torch.device(device), 0
@@ -104,7 +107,8 @@ class _Trainer:
         answers = self._answers(images)
         with torch.no_grad():
             before = answers(self.before)
-        logits = answers(self.training.model.train())
+        learner = self.training.model.train()
+        logits = learner(images)[0] if isinstance(learner, NanoStudent) else answers(learner)
         believed = BELIEVED * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
         self.training.step(loss, self.step)
@@ -119,7 +123,7 @@ class _Trainer:
             maps = [features.float() for features in self.student.maps(images)]
         return lambda decoder: decoder(maps, images)
 
-    def finished(self) -> AnyStudent:
+    def finished(self) -> Student | NanoStudent:
         """The student with the averaged weights, and a threshold for them."""
         threshold, average = self.calibrate(), self.training.average
         if isinstance(self.student, Student) and isinstance(average, EdgeDecoder):

@@ -1,0 +1,33 @@
+"""trace-sdk combine: a student with a backbone and a convolutional one, as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trace_sdk.cli.console import output
+
+
+@click.command("combine", short_help="Make one student of two: with a backbone, and convolutional.")
+@click.argument("attending", type=click.Path(path_type=Path), metavar="STUDENT")
+@click.argument("looking", type=click.Path(path_type=Path), metavar="NANO")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the combined student.")
+def command(attending: Path, looking: Path, out: Path) -> None:
+    """Combine what `trace-sdk distill` and `distill-nano` (or `self-train`) wrote: the mean of their log-odds.
+
+    STUDENT reads attention, of the image at half its size; NANO looks at the image itself and counts for seven tenths.
+    So the size is twice that of STUDENT, and an answer takes little more time. The threshold lies between theirs. To
+    train further, train the two and combine them again.
+
+    \b
+      trace-sdk combine runs/student runs/nano -o runs/both
+    Next:
+      trace-sdk export runs/both -o mine.onnx
+    """
+    from trace_sdk.student.combined import CombinedStudent
+    from trace_sdk.student.model import Student
+    from trace_sdk.student.nano import NanoStudent
+
+    CombinedStudent(Student.load(attending), NanoStudent.load(looking)).save(out, {})
+    output.print(f"Student written to {out}", markup=False, soft_wrap=True)

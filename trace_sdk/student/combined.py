@@ -1,0 +1,86 @@
+"""Two students that answer as one: attention says between what, a convolutional network looks at twice the size."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.backbone import StudentBackbone
+from trace_sdk.errors import CheckpointError
+from trace_sdk.student.model import Student
+from trace_sdk.student.nano import NanoStudent
+
+SMALLER = 2  # the backbone, whose cost grows with the square of the pixels, sees the image at half its size
+SHARE = 0.7  # of the convolutional student's log-odds
+
+
+class CombinedStudent(nn.Module):
+    """Images float [B, 3, H, W] in [−1, 1], sides as `multiple_of` and `min_size` say → edge logits [B, H, W].
+
+    The weighted mean of the log-odds of both.
+
+    Args:
+        attending: a student with a backbone. looking: a convolutional one.
+    """
+
+    decoder_name = f"{Student.decoder_name} + {NanoStudent.decoder_name}"
+
+    def __init__(self, attending: Student, looking: NanoStudent) -> None:
+        super().__init__()
+        self.attending, self.looking = attending, looking
+        thresholds = torch.tensor([attending.threshold, looking.threshold], dtype=torch.float64).logit()
+        self.threshold = float(thresholds[0].lerp(thresholds[1], SHARE).sigmoid())
+        self.multiple_of = math.lcm(SMALLER * attending.multiple_of, looking.multiple_of)
+        least = max(SMALLER * attending.min_size, looking.min_size)
+        self.min_size = -(-least // self.multiple_of) * self.multiple_of
+        self.default_size = SMALLER * attending.default_size // self.multiple_of * self.multiple_of
+        self.max_size = SMALLER * attending.max_size // self.multiple_of * self.multiple_of
+
+    @property
+    def backbone(self) -> StudentBackbone:
+        """Of the attending student."""
+        return self.attending.backbone
+
+    @property
+    def family(self) -> str:
+        """Of the backbone."""
+        return self.attending.family
+
+    @property
+    def no_graph(self) -> str:
+        """Why it cannot be exported; empty if it can."""
+        return self.attending.no_graph
+
+    def weights_sha256(self) -> str:
+        """Of the backbone, for engine metadata."""
+        return self.attending.weights_sha256()
+
+    def logits(self, images: Tensor, *, share_softmax: bool = False) -> Tensor:
+        """The edge logits, [B, H, W]."""
+        smaller = self.attending.logits(F.avg_pool2d(images, SMALLER), share_softmax=share_softmax)[:, None]
+        attending = F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return torch.lerp(attending, self.looking.logits(images), SHARE)
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write `attending/`, `looking/` and `student.json`."""
+        self.attending.save(folder / "attending", {})
+        self.looking.save(folder / "looking", {})
+        write_text(folder / "student.json", json.dumps({"architecture": "combined", **about}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CombinedStudent:
+        """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
+        folder = Path(folder)
+        try:
+            return cls(Student.load(folder / "attending"), NanoStudent.load(folder / "looking")).eval()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder} is not a whole combined student: {error} Or make it again with `trace-sdk combine`."
+            ) from error
