@@ -80,9 +80,9 @@ class Strengths:
 def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
     """How much a line through a mask looks like a border in it: negative where it does not.
 
-    The log-odds of the edge probability on the line, its lower quartile, above a level that lies BETWEEN of the way from
-    those inside the mask to those of its outline. A border holds all along; a line that edges cross, or follow for a
-    while, is strong on average only.
+    The log-odds of the edge probability on the line, its lower quartile, above a level BETWEEN those inside the mask
+    and those of its outline. A border holds all along; a line that edges cross, or follow for a while, is strong on
+    average only.
 
     Args:
         mask: bool [h, w]. line: bool [h, w], see `line_between`, not empty. probability: float32 [h, w].
