@@ -36,25 +36,26 @@ def parts(tiny_backbone: PixelBackbone, tmp_path_factory: pytest.TempPathFactory
     return folder / "attending", folder / "looking"
 
 
-def combine(parts: tuple[Path, Path], out: Path) -> CombinedStudent:
-    result = CliRunner().invoke(main, ["combine", *map(str, parts), "-o", str(out)])
+def combine(parts: tuple[Path, Path], out: Path, *options: str) -> CombinedStudent:
+    result = CliRunner().invoke(main, ["combine", *map(str, parts), "-o", str(out), *options])
     assert result.exit_code == 0, result.output
     student = open_student(out)
     assert isinstance(student, CombinedStudent)
     return student
 
 
+@pytest.mark.parametrize("share", [0.7, 0.25])
 @torch.inference_mode()
-def test_log_odds_are_averaged(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    student = combine(parts, tmp_path / "both")
+def test_log_odds_are_averaged(share: float, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    student = combine(parts, tmp_path / "both", "--share", str(share))
     images = torch.rand(2, 3, 128, 192) * 2 - 1
     half = images.unflatten(2, (64, 2)).unflatten(4, (96, 2)).mean((3, 5))
     attending = torch.nn.functional.interpolate(
         Student.load(parts[0]).logits(half)[:, None], (128, 192), mode="bilinear"
     )
-    expected = 0.3 * attending[:, 0] + 0.7 * NanoStudent.load(parts[1]).logits(images)
+    expected = (1 - share) * attending[:, 0] + share * NanoStudent.load(parts[1]).logits(images)
     assert torch.allclose(student.logits(images), expected, atol=1e-4)
-    odds = 0.3 * math.log(0.2 / 0.8) + 0.7 * math.log(0.5 / 0.5)
+    odds = (1 - share) * math.log(0.2 / 0.8) + share * math.log(0.5 / 0.5)
     assert student.threshold == pytest.approx(1 / (1 + math.exp(-odds)))
 
 

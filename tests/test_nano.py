@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -118,23 +117,6 @@ def test_it_learns_its_labels(images: LabelledImages, tmp_path: Path) -> None:
     settings = NanoSettings(steps=50, crops=4, size=64, held_out=0.6)
     distill_nano(images, tmp_path, settings, report=lambda _, terms: losses.append(terms["coarse"]))
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
-
-
-def test_with_a_student_to_start_from_it_learns_the_mean_of_both(
-    images: LabelledImages, student: NanoStudent, tmp_path: Path
-) -> None:
-    """So its error against its own start stays below that of one that learns the labels alone."""
-    settings = NanoSettings(steps=40, crops=4, size=64, held_out=0.6, learning_rate=1e-2)
-    before = copy.deepcopy(student)
-    both = distill_nano(images, tmp_path / "both", settings, start=copy.deepcopy(student))
-    labels = distill_nano(images, tmp_path / "labels", settings)
-    batch = images.batch(7, 4, 64)[0]
-
-    @torch.inference_mode()
-    def distance(one: NanoStudent, other: NanoStudent) -> float:
-        return float((one.logits(batch) - other.logits(batch)).abs().mean())
-
-    assert 0 < distance(both, before) < distance(labels, before)
 
 
 def test_changed_light_keeps_the_range_and_depends_on_the_generator_alone() -> None:

@@ -13,11 +13,18 @@ from trace_sdk.cli.console import output
 @click.argument("attending", type=click.Path(path_type=Path), metavar="STUDENT")
 @click.argument("looking", type=click.Path(path_type=Path), metavar="NANO")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the combined student.")
-def command(attending: Path, looking: Path, out: Path) -> None:
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1),
+    default=0.7,
+    show_default=True,
+    help="Weight of NANO; more where it is better.",
+)
+def command(attending: Path, looking: Path, out: Path, share: float) -> None:
     """Combine what `trace-sdk distill` and `distill-nano` (or `self-train`) wrote: the mean of their log-odds.
 
-    STUDENT reads attention, of the image at half its size; NANO looks at the image itself and counts for seven tenths.
-    So the size is twice that of STUDENT, and an answer takes little more time. The threshold lies between theirs. To
+    STUDENT reads attention, of the image at half its size; NANO looks at the image itself. So the size is twice that
+    of STUDENT, and an answer takes little more time. The threshold lies between theirs. To
     train further, train the two and combine them again.
 
     \b
@@ -29,5 +36,5 @@ def command(attending: Path, looking: Path, out: Path) -> None:
     from trace_sdk.student.model import Student
     from trace_sdk.student.nano import NanoStudent
 
-    CombinedStudent(Student.load(attending), NanoStudent.load(looking)).save(out, {})
+    CombinedStudent(Student.load(attending), NanoStudent.load(looking), share).save(out, {})
     output.print(f"Student written to {out}", markup=False, soft_wrap=True)

@@ -14,11 +14,6 @@ from trace_sdk.cli.options import torch_device_option
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTOS...")
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")
-@click.option(
-    "--start",
-    type=click.Path(path_type=Path),
-    help="Folder of a trained nano student to go on from; it learns the mean of the labels and of its own answers.",
-)
 @click.option("--steps", default=3000, show_default=True, help="Optimizer steps in all; may be raised when going on.")
 @click.option("--crops", default=8, show_default=True, help="Crops a step.")
 @click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
@@ -32,7 +27,6 @@ def command(
     photos: tuple[str, ...],
     labels: Path,
     out: Path,
-    start: Path | None,
     steps: int,
     crops: int,
     size: int,
@@ -49,14 +43,12 @@ def command(
 
     \b
       trace-sdk distill-nano photos/ --labels runs/labels -o runs/nano
-      trace-sdk distill-nano photos/ --labels runs/labels --start runs/better -o runs/best
     Next:
       trace-sdk export runs/nano -o mine.onnx
     """
     from trace_sdk.backbones.device import torch_device
     from trace_sdk.student.distill_nano import NanoSettings, distill_nano
     from trace_sdk.student.labelled_images import LabelledImages
-    from trace_sdk.student.nano import NanoStudent
     from trace_sdk.training.state import steps_done
 
     settings = NanoSettings(
@@ -68,7 +60,6 @@ def command(
             images,
             out,
             settings,
-            start=NanoStudent.load(start) if start else None,
             device=torch_device(device),
             report=lambda step, losses: advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())),
         )

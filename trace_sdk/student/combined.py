@@ -13,30 +13,36 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.backbone import StudentBackbone
-from trace_sdk.errors import CheckpointError
+from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 
 SMALLER = 2  # the backbone, whose cost grows with the square of the pixels, sees the image at half its size
-SHARE = 0.7  # of the convolutional student's log-odds
+SHARE = 0.7  # of the convolutional student in the answer, unless told otherwise
 
 
 class CombinedStudent(nn.Module):
     """Images float [B, 3, H, W] in [−1, 1], sides as `multiple_of` and `min_size` say → edge logits [B, H, W].
 
-    The weighted mean of the log-odds of both.
+    The weighted mean of the log-odds of both; its threshold is that of theirs.
 
     Args:
         attending: a student with a backbone. looking: a convolutional one.
+        share: weight of the convolutional one, in [0, 1].
+
+    Raises:
+        ArgumentError: `share` is out of range.
     """
 
     decoder_name = f"{Student.decoder_name} + {NanoStudent.decoder_name}"
 
-    def __init__(self, attending: Student, looking: NanoStudent) -> None:
+    def __init__(self, attending: Student, looking: NanoStudent, share: float = SHARE) -> None:
         super().__init__()
-        self.attending, self.looking = attending, looking
+        if not 0 <= share <= 1:
+            raise ArgumentError(f"share={share} must be in [0, 1].")
+        self.attending, self.looking, self.share = attending, looking, share
         thresholds = torch.tensor([attending.threshold, looking.threshold], dtype=torch.float64).logit()
-        self.threshold = float(thresholds[0].lerp(thresholds[1], SHARE).sigmoid())
+        self.threshold = float(thresholds[0].lerp(thresholds[1], share).sigmoid())
         self.multiple_of = math.lcm(SMALLER * attending.multiple_of, looking.multiple_of)
         least = max(SMALLER * attending.min_size, looking.min_size)
         self.min_size = -(-least // self.multiple_of) * self.multiple_of
@@ -66,21 +72,23 @@ class CombinedStudent(nn.Module):
         """The edge logits, [B, H, W]."""
         smaller = self.attending.logits(F.avg_pool2d(images, SMALLER), share_softmax=share_softmax)[:, None]
         attending = F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        return torch.lerp(attending, self.looking.logits(images), SHARE)
+        return torch.lerp(attending, self.looking.logits(images), self.share)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `attending/`, `looking/` and `student.json`."""
         self.attending.save(folder / "attending", {})
         self.looking.save(folder / "looking", {})
-        write_text(folder / "student.json", json.dumps({"architecture": "combined", **about}, indent=2) + "\n")
+        record = {"architecture": "combined", "share": self.share, **about}
+        write_text(folder / "student.json", json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> CombinedStudent:
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
         try:
-            return cls(Student.load(folder / "attending"), NanoStudent.load(folder / "looking")).eval()
-        except CheckpointError as error:
+            share = float(json.loads((folder / "student.json").read_text())["share"])
+            return cls(Student.load(folder / "attending"), NanoStudent.load(folder / "looking"), share).eval()
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError, ArgumentError) as error:
             raise CheckpointError(
-                f"{folder} is not a whole combined student: {error} Or make it again with `trace-sdk combine`."
+                f"{folder} is not a whole combined student: {error} Make it again with `trace-sdk combine`."
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +26,6 @@ from trace_sdk.training.loop import Report, train_until
 ZOOM = (0.7, 1.8)  # sides of the squares that become crops, as a multiple of the crop's
 LONGEST = 800  # pixels; larger photos count as reduced to it
 COARSE = 0.2  # weight of the mean loss of the coarser outputs
-FLOOR = 1e-4  # of a probability that becomes log-odds
-OWN = 0.7  # share of the student's own log-odds in what it learns, where it starts from one
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,6 @@ def distill_nano(
     out: Path,
     settings: NanoSettings,
     *,
-    start: NanoStudent | None = None,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
     report: Report = lambda step, losses: None,
@@ -75,9 +71,6 @@ def distill_nano(
     outputs learn the soft edge alone. Crops are mirrored, flipped and turned, seen at many scales, and change their
     exposure, colours and noise; the gradient is that of the changed crop. The student is the running average of the
     weights.
-
-    With a student to start from, what is learnt is the ensemble of both: the mean log-odds of the above and of that
-    student's answer over its image pyramid.
 
     Args:
         images: photos with labels; each step's batch depends on (seed, step) alone.
@@ -91,7 +84,7 @@ def distill_nano(
     """
     settings.check()
     learnt, held_out = images.split(settings.held_out)
-    trainer = _Trainer(learnt, settings, start, device)
+    trainer = _Trainer(learnt, settings, device)
     train_until(settings.steps, trainer, out, save_seconds, report)
     student = trainer.training.average
     student.threshold, score = calibrate_threshold(student, held_out, settings.size)
@@ -102,14 +95,10 @@ def distill_nano(
 class _Trainer:
     """Student, its running average, optimizer and step; all that a checkpoint must hold."""
 
-    def __init__(
-        self, images: LabelledImages, settings: NanoSettings, start: NanoStudent | None, device: torch.device | str
-    ) -> None:
+    def __init__(self, images: LabelledImages, settings: NanoSettings, device: torch.device | str) -> None:
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
-        learner = (start or NanoStudent()).to(self.device)
-        self.before = copy.deepcopy(learner).eval().requires_grad_(False) if start else None
-        self.training = AveragedTraining(learner, settings.learning_rate, settings.steps)
+        self.training = AveragedTraining(NanoStudent().to(self.device), settings.learning_rate, settings.steps)
         self.gradient = ColourGradient().to(self.device)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +127,6 @@ class _Trainer:
         student = self.training.model.train()
         soft = torch.sigmoid(GRADE * (scores - 1))
         graded = soft.sqrt() * self.gradient(images).squeeze(1).sigmoid()
-        if self.before:
-            with torch.no_grad():
-                graded = torch.lerp(graded.logit(FLOOR), self.before.logits(images), OWN).sigmoid()
         logits, coarse = student(images)
         fine = F.binary_cross_entropy_with_logits(logits, graded)
         sides = torch.stack(
