@@ -8,7 +8,8 @@ by a fixed seed, in four ways: neighbours merged, instances split, holes, loose 
 (each mask one kind), and none: what refinement costs where nothing was wrong. Beside them stand the masks of segmenters
 without annotations (segmenters.py); normalised cuts on our attention need --backbone and torch. Each kind of edges
 refines the same masks. OUT.failures/ has the instances that refinement with our edges harmed most: photo, edges, best
-mask before, best mask after. Constants of the propagation were chosen with trace-nano on photos 0, 2, 4, … of coco_val.
+mask before, best mask after. Constants of the propagation were chosen with
+trace-nano on photos 0, 2, 4, … of coco_val and of the scenes.
 """
 
 from __future__ import annotations
@@ -164,7 +165,10 @@ def edge_maps(photo: Photo, detectors: Sequence[EdgeDetector]) -> dict[str, Edge
     borders[:, :-1] += ids[:, :-1] != ids[:, 1:]
     borders[:-1] += ids[:-1] != ids[1:]
     edges = canny(photo.rgb)
-    made |= {f"canny at {threshold}": EdgeMap(edges, photo.rgb, threshold) for threshold in CANNY_THRESHOLDS}
+    for threshold in CANNY_THRESHOLDS:
+        made[f"canny at {threshold}"] = EdgeMap(edges, photo.rgb, threshold)
+        # Its map says 1 where a network says 0.6, and the rules take probabilities at their word.
+        made[f"canny halved at {threshold}"] = EdgeMap(edges / 2, photo.rgb, threshold / 2)
     return made | {"true": EdgeMap(np.minimum(borders, 1), photo.rgb)}
 
 
@@ -291,7 +295,7 @@ def main() -> None:
         "seed": arguments.seed,
         "engines": [detector.info for detector in detectors],
         "refine_cpu_s_median": float(np.median(seconds)),
-        "machine": "CPU time of refine; the hierarchy of each photo in its first call",
+        "machine": "CPU time of refine; the hierarchy of each photo in its first call, see refine-speed.json",
         "scores": scored,
         "failures": listed,
     }

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as codec
@@ -12,8 +12,9 @@ from pycocotools import mask as codec
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
 from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
-from trace_sdk.instances.outlines import outline_strength
-from trace_sdk.instances.walk import TAIL, spread
+from trace_sdk.instances.boxed import BoxedMask
+from trace_sdk.instances.outlines import border_evidence, line_between, outline_strength
+from trace_sdk.instances.walk import TAIL, Fragment, Regions, spread, spread_fragments
 
 HEIGHT, WIDTH = 80, 120
 
@@ -105,6 +106,26 @@ def test_outline_strength() -> None:
     assert half == pytest.approx(0.6)
 
 
+def test_a_border_holds_all_along() -> None:
+    """A line that is strong over half of its length is no border, whatever its mean."""
+    whole, line = LEFT | RIGHT, line_between(LEFT, RIGHT)
+    assert border_evidence(whole, line, PAIR.probability) > 3
+    gap = PAIR.probability.copy()
+    gap[22:42, 60] = 0
+    assert border_evidence(whole, line, gap) < -1.2
+    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None])) == 1
+    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT]))) == 1
+
+
+def test_a_region_that_lies_in_the_mask_stays_in_every_proposal() -> None:
+    """The walk from everywhere goes nowhere, which once read as nothing reached."""
+    fragments = [Fragment(0, 0, 0, 1.0), Fragment(0, 1, 0, 0.5)]
+    labels = (np.indices((HEIGHT, WIDTH))[1] >= 60).astype(np.int32)
+    regions, mask = Regions(labels), BoxedMask.of(box(0, HEIGHT, 0, 90))
+    (_, whole), (_, half) = spread_fragments(PAIR.probability * 0, regions, [mask], fragments, 0.25)
+    assert (whole == 1).all() and 0 <= half.min() < half.max() <= 1
+
+
 def test_merged_neighbours_are_split() -> None:
     refined = PAIR.refine((LEFT | RIGHT)[None])
     assert len(refined) == 2 and refined.sources == [[0], [0]]
@@ -180,7 +201,14 @@ def test_the_order_of_the_masks_does_not_matter(seed: int) -> None:
     assert one.sources == [sorted(int(order[i]) for i in indices) for indices in other.sources]
 
 
+def lone(row: int, column: int) -> Any:
+    coarse = np.zeros((10, 15), np.float32)
+    coarse[row, column] = 1
+    return coarse
+
+
 @settings(max_examples=8, deadline=None)
+@example(718, lone(6, 9))  # neighbours that became one have IoU > 0.5 with a third mask
 @given(st.integers(0, 10_000), arrays(np.float32, (10, 15), elements=st.floats(0, 1, width=32)))
 def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
     edges = EdgeMap(np.repeat(np.repeat(coarse, 8, 0), 8, 1), PAIR.rgb, 0.5)

@@ -24,32 +24,39 @@ def transition_matrix(edges: NDArray[np.float32], regions: NDArray[np.int32]) ->
 
     Args:
         edges: float32 [h, w] in [0, 1].
-        regions: int32 [h, w]; cells of different regions have affinity 0.
+        regions: int32 [h, w]; cells of different regions have affinity 0, and so have those under 0 with any other.
     """
     height, width = edges.shape
     # The power falls, so the path's largest edge is its least power.
     passage = (1 - edges) ** BETA
-    diagonals = {0: np.ones(edges.size, np.float32)}
+    upper: dict[int, NDArray[np.float32]] = {}  # a_ij at i, by j − i
     for down, right in _half_disc():
         if down >= height or abs(right) >= width:
             continue
         rows, columns = slice(0, height - down), slice(max(0, -right), width - max(0, right))
-        narrowest = np.ones((height - down, width - abs(right)), np.float32)
-        for y, x in _path(down, right):
+        narrowest = passage[rows, columns].copy()
+        for y, x in _path(down, right)[1:]:
             left = columns.start + x
             np.minimum(narrowest, passage[y : y + height - down, left : left + width - abs(right)], out=narrowest)
-        together = regions[rows, columns] == regions[down:, columns.start + right : columns.stop + right]
-        affinity = np.zeros((height, width), np.float32)
-        affinity[rows, columns] = narrowest * together
-        # scipy keeps a diagonal by columns: that of offset o holds a_ij at j = i + o.
-        offset = down * width + right
-        for signed, diagonal in ((offset, np.roll(affinity.ravel(), offset)), (-offset, affinity.ravel())):
-            # On a narrow grid two offsets, of different rows, share a diagonal.
-            diagonals[signed] = diagonals.get(signed, np.float32(0)) + diagonal
-    matrix = dia_array((np.stack(list(diagonals.values())), list(diagonals)), shape=(edges.size, edges.size))
-    scale = 1 / (matrix @ np.ones(edges.size, np.float32))
-    matrix.data *= np.stack([np.roll(scale, offset) for offset in diagonals])
-    return matrix
+        here = regions[rows, columns]
+        together = here == regions[down:, columns.start + right : columns.stop + right]
+        together &= here >= 0
+        # On a narrow grid two offsets, of different rows, share a diagonal.
+        diagonal = upper.setdefault(down * width + right, np.zeros(edges.size, np.float32))
+        diagonal.reshape(height, width)[rows, columns] += narrowest * together
+    total = np.ones(edges.size, np.float32)
+    for offset, diagonal in upper.items():
+        total += diagonal
+        total[offset:] += diagonal[:-offset]
+    # scipy keeps a diagonal by columns: that of offset o holds a_ij at j = i + o.
+    scale = 1 / total
+    offsets = [0, *upper, *(-offset for offset in upper)]
+    data = np.zeros((len(offsets), edges.size), np.float32)
+    data[0] = scale
+    for place, (offset, diagonal) in enumerate(upper.items(), start=1):
+        np.multiply(diagonal[:-offset], scale[:-offset], out=data[place, offset:])
+        np.multiply(diagonal[:-offset], scale[offset:], out=data[place + len(upper), :-offset])
+    return dia_array((data, offsets), shape=(edges.size, edges.size))
 
 
 @cache

@@ -149,8 +149,8 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
         return values
     height, width = values.shape
     padded = np.pad(values, ((0, -height % step), (0, -width % step)), mode="edge")
-    rows = np.maximum.reduceat(padded, np.arange(0, len(padded), step), axis=0)
-    maxima: NDArray[np.float32] = rows.reshape(len(rows), -1, step).max(axis=2)
+    rows = np.maximum.reduce([padded[first::step] for first in range(step)])
+    maxima: NDArray[np.float32] = np.maximum.reduce([rows[:, first::step] for first in range(step)])
     return maxima
 
 

@@ -5,43 +5,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
+from trace_sdk.instances.boxed import Box, BoxedMask, union, widened
 from trace_sdk.instances.hierarchy import components
-from trace_sdk.instances.outlines import box_of, middle_level
-from trace_sdk.instances.walk import Box, Regions
+from trace_sdk.instances.outlines import border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one
-JOIN = 0.9  # evidence from which two masks are one, see `join_neighbours`
-TOGETHER = 0.5  # what counts lying in the same regions, beside the weakness of the line between
+JOIN = -1.2  # evidence of a border, see `outlines.border_evidence`, up to which neighbours are one
 SHARED = 0.5  # least length of such a line, to the side of the smaller mask
 APART = 0.2  # IoU from which masks overlap rather than touch
 PEER = 0.25  # area of the smaller to the larger from which they can be parts of one
-REACH = 1  # pixels that touching masks may be apart, either way
+REACH = 1  # pixels beside a mask that it touches
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A mask bool [H, W], its score, and the indices of the masks that it came from, ascending."""
+    """A mask of a picture of `shape`, its score, and the indices of the masks that it came from, ascending."""
 
-    mask: NDArray[np.bool_]
+    mask: BoxedMask
     score: float
     sources: list[int]
+    shape: tuple[int, int]
 
     @cached_property
     def rle(self) -> dict[str, Any]:
         """COCO RLE with counts as bytes."""
-        runs: dict[str, Any] = codec.encode(np.asfortranarray(self.mask.view(np.uint8)))
-        return runs
+        return self.mask.rle(self.shape)
 
 
-def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
-    """While any two masks have IoU > SAME, all that hang together so become one, at once: in no order."""
+def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[Candidate]:
+    """Masks that are one thing become one: alike ones, then the best neighbours, and so on until none are left."""
     found = list(masks)
+    known: dict[tuple[Candidate, Candidate], float] = {}
+    while True:
+        found = _join_alike(found)
+        links = _best_neighbours(found, probability, known)
+        if not len(links):
+            return found
+        found = _joined(found, links)
+
+
+def _join_alike(masks: list[Candidate]) -> list[Candidate]:
+    """While any two masks have IoU > SAME, all that hang together so become one, at once: in no order."""
+    found = masks
     while len(found) > 1:
         runs = [one.rle for one in found]
         alike = np.argwhere(np.triu(codec.iou(runs, runs, [0] * len(runs)) > SAME, 1)).astype(np.int32)
@@ -51,84 +63,49 @@ def join_alike(masks: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def join_neighbours(masks: Sequence[Candidate], probability: NDArray[np.float32], regions: Regions) -> list[Candidate]:
-    """Touching masks become one where nothing keeps them apart: the best such neighbours first, in no other order.
+def _best_neighbours(
+    masks: Sequence[Candidate],
+    probability: NDArray[np.float32],
+    known: dict[tuple[Candidate, Candidate], float],
+) -> NDArray[np.int32]:
+    """Pairs of touching masks that nothing keeps apart, each the other's best, int32 [L, 2].
 
-    The evidence is how much weaker the line between them is than the middle level (`outlines`) of both as one, as a
-    share, and TOGETHER times how much they lie in the same regions (the sum over regions of the smaller share of the
-    two masks). A small thing on a large one stays, see PEER.
+    A small thing on a large one stays, see PEER. known: evidence of a border of the pairs met before.
     """
-    found = [_Neighbour.of(one, regions) for one in masks]
-    known: dict[tuple[_Neighbour, _Neighbour], float] = {}
-    while True:
-        links = []
-        for place, one in enumerate(found):
-            for before, other in enumerate(found[:place]):
-                pair = one, other
-                if pair not in known:
-                    known[pair] = _evidence(one, other, probability)
-                if known[pair] >= JOIN:
-                    links.append((known[pair], place, before))
-        if not links:
-            return [one.candidate for one in found]
-        # Those that are each other's best, equals among them.
-        best: dict[int, float] = {}
-        for evidence, here, there in links:
-            for place in (here, there):
-                best[place] = max(best.get(place, 0.0), evidence)
-        mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
-        joined = _joined([one.candidate for one in found], np.array(mutual, np.int32))
-        own = {one.candidate: one for one in found}
-        found = [own[one] if one in own else _Neighbour.of(one, regions) for one in joined]
-
-
-@dataclass(frozen=True, eq=False)
-class _Neighbour:
-    """A mask, its box with room to touch, its area, and the share of it in each region."""
-
-    candidate: Candidate
-    box: Box
-    area: int
-    shares: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, candidate: Candidate, regions: Regions) -> _Neighbour:
-        box = box_of(candidate.mask, REACH + 1)
-        held = np.bincount(regions.labels[box][candidate.mask[box]], minlength=len(regions.areas))
-        return cls(candidate, box, int(held.sum()), held / held.sum())
-
-
-def _evidence(here: _Neighbour, there: _Neighbour, probability: NDArray[np.float32]) -> float:
-    """That two masks are one thing; 0 where they don't touch as parts of one thing do."""
-    (rows, columns), (down, aside) = here.box, there.box
-    if rows.start >= down.stop or down.start >= rows.stop or columns.start >= aside.stop or aside.start >= columns.stop:
-        return 0.0
-    small, large = sorted((here.area, there.area))
-    if small < PEER * large:
-        return 0.0
-    both = (
-        slice(min(rows.start, down.start), max(rows.stop, down.stop)),
-        slice(min(columns.start, aside.start), max(columns.stop, aside.stop)),
+    boxes = [widened(one.mask.box, REACH + 1, one.shape) for one in masks]
+    starts, stops = (
+        np.array([[getattr(side, end) for side in box] for box in boxes]).reshape(-1, 2) for end in ("start", "stop")
     )
-    a, b, edges = here.candidate.mask[both], there.candidate.mask[both], probability[both]
+    areas = np.array([one.mask.area for one in masks])
+    near = (starts[:, None] < stops).all(axis=2) & (starts < stops[:, None]).all(axis=2)
+    peers = np.minimum.outer(areas, areas) >= PEER * np.maximum.outer(areas, areas)
+    links = []
+    for here, there in np.argwhere(np.triu(near & peers, 1)).tolist():
+        pair = masks[here], masks[there]
+        if pair not in known:
+            known[pair] = _evidence(*pair, union([boxes[here], boxes[there]]), probability)
+        if known[pair] <= JOIN:
+            links.append((known[pair], here, there))
+    best: dict[int, float] = {}
+    for evidence, here, there in links:
+        for place in (here, there):
+            best[place] = min(best.get(place, inf), evidence)
+    mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
+    return np.array(mutual, np.int32).reshape(-1, 2)
+
+
+def _evidence(one: Candidate, other: Candidate, box: Box, probability: NDArray[np.float32]) -> float:
+    """Of a border between two masks in a box; inf where they don't touch as parts of one thing do."""
+    a, b = one.mask.within(box), other.mask.within(box)
+    small, large = sorted((one.mask.area, other.mask.area))
     common = int(np.count_nonzero(a & b))
     if common > APART * (small + large - common):
-        return 0.0
-    line = _grown(a) & _grown(b)
-    # Between masks that touch, the line is 2 · REACH pixels wide.
-    if np.count_nonzero(line) < 2 * REACH * SHARED * small**0.5:
-        return 0.0
-    weakness = 1 - float(edges[line].mean()) / max(middle_level(a | b, edges), 1e-6)
-    return weakness + TOGETHER * float(np.minimum(here.shares, there.shares).sum())
-
-
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask and the pixels beside it."""
-    grown = mask.copy()
-    for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        grown[here] |= mask[there]
-        grown[there] |= mask[here]
-    return grown
+        return inf
+    line = line_between(a, b)
+    # Between masks that touch, the line is two pixels wide.
+    if np.count_nonzero(line) < 2 * SHARED * small**0.5:
+        return inf
+    return border_evidence(a | b, line, probability[box])
 
 
 def _joined(masks: Sequence[Candidate], links: NDArray[np.int32]) -> list[Candidate]:
@@ -139,7 +116,8 @@ def _joined(masks: Sequence[Candidate], links: NDArray[np.int32]) -> list[Candid
         if len(members) == 1:
             joined += members
             continue
-        union = np.logical_or.reduce([one.mask for one in members])
+        box = union([one.mask.box for one in members])
+        whole = BoxedMask(box, np.logical_or.reduce([one.mask.within(box) for one in members]))
         sources = sorted({index for one in members for index in one.sources})
-        joined.append(Candidate(union, max(one.score for one in members), sources))
+        joined.append(Candidate(whole, max(one.score for one in members), sources, members[0].shape))
     return joined

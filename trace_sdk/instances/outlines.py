@@ -8,28 +8,24 @@ docs/instances.md.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import label
+from scipy.ndimage import label, maximum_filter
 
-WEAK = 0.9  # strength of a line that is no border, to the middle level
+from trace_sdk.instances.boxed import box_of
+
 OPENING = 0.4  # share of new lines up to which a change closes a hole or a notch
+CLOSED = 0.5  # log-odds of the line around a hole, above those inside, up to which it is no border
+MOUTH = 2.5  # how much less it is for a notch, for each share of its line that is new
 NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, to the radius of a disc like the mask
-WIDER = 0.5  # log-odds of an outline moved outwards, above those of the old one
-NARROWER = 2.0  # and of one moved inwards
+WIDER = 0.75  # log-odds of an outline moved outwards, above those of the old one
+NARROWER = 1.5  # and of one moved inwards
 FAR = 3.0  # and how much more where it moves further
+BETWEEN = 0.2  # how far a level lies from the inside to the outline under which a line is no border
+QUIET = 0.05  # where edges are rarer still, a line without any is no border
 SURE = 0.99  # beyond which log-odds grow no more
-
-
-def box_of(mask: NDArray[np.bool_], around: int = 1) -> tuple[slice, slice]:
-    """Bounding box with `around` more pixels, where there are some; empty for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return slice(0), slice(0)
-    return (
-        slice(max(0, rows[0] - around), rows[-1] + 1 + around),
-        slice(max(0, columns[0] - around), columns[-1] + 1 + around),
-    )
 
 
 def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
@@ -50,61 +46,113 @@ def log_odds(probability: NDArray[np.float64] | float) -> NDArray[np.float64]:
     return np.asarray(np.log(within / (1 - within)))
 
 
-def middle_level(mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
-    """Between what lies inside a mask and its outline: the strength from which a line is a border rather than not."""
-    return (float(probability[mask].mean()) + outline_strength(mask, probability)) / 2
+def line_between(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels in or beside both of two masks, bool [h, w]: two wide where they touch."""
+    return _grown(one) & _grown(other)
 
 
-def without_holes(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The masks with their holes filled, bool [K, H, W]."""
-    filled = masks.copy()
-    for mask in filled:
-        box = box_of(mask)
-        outside, _ = label(~np.pad(mask[box], 1))
-        mask[box] = (outside != outside[0, 0])[1:-1, 1:-1]
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask and the pixels beside it."""
+    grown = mask.copy()
+    for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        grown[here] |= mask[there]
+        grown[there] |= mask[here]
+    return grown
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Mean edge probability inside a mask and along its outline."""
+
+    inside: float
+    outline: float
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_], probability: NDArray[np.float32]) -> Strengths:
+        return cls(float(probability[mask].mean()), outline_strength(mask, probability))
+
+    @property
+    def middle(self) -> float:
+        """From which a line is a border rather than not."""
+        return (self.inside + self.outline) / 2
+
+
+def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
+    """How much a line through a mask looks like a border in it: negative where it does not.
+
+    The log-odds of the edge probability on the line, its lower quartile, above a level BETWEEN those inside the mask
+    and those of its outline. A border holds all along; a line that edges cross, or follow for a while, is strong on
+    average only.
+
+    Args:
+        mask: bool [h, w]. line: bool [h, w], see `line_between`, not empty. probability: float32 [h, w].
+    """
+    # The edge may be one pixel wide and lie beside the line's middle.
+    box = box_of(line)
+    nearby = maximum_filter(probability[box], 3)[line[box]]
+    strengths = Strengths.of(mask, probability)
+    inside, outline = log_odds(max(strengths.inside, QUIET)), log_odds(max(strengths.outline, QUIET))
+    return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - BETWEEN) * inside - BETWEEN * outline)
+
+
+def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask with its holes filled, bool [h, w]."""
+    outside, _ = label(~np.pad(mask, 1))
+    filled: NDArray[np.bool_] = (outside != outside[0, 0])[1:-1, 1:-1]
     return filled
 
 
 def better_parts(
-    before: NDArray[np.bool_], after: NDArray[np.bool_], probability: NDArray[np.float32], level: float
+    before: NDArray[np.bool_], after: NDArray[np.bool_], probability: NDArray[np.float32], strengths: Strengths
 ) -> tuple[NDArray[np.bool_], float]:
     """A mask with those connected parts of a change that the edges speak for, and how much they do.
 
-    A part is taken if it closes a hole or a notch whose border is WEAK; the more of its mouth is new, the weaker. Or if
-    it moves the outline to a stronger line: by log-odds of WIDER where the mask grows, of NARROWER where it shrinks,
-    and FAR more where it moves further than NEAR.
+    A part is taken if it closes a hole or a notch whose line is no border: hardly above the inside by log-odds, the
+    less the more of its line is new. Or if it moves the outline to a stronger line: by log-odds of WIDER where the mask
+    grows only, else of NARROWER, and FAR more where it moves further than NEAR.
 
     Args:
-        before, after: bool [h, w], `before` not empty. probability: float32 [h, w]. level: `middle_level` of `before`.
+        before, after: bool [h, w], `before` not empty. probability: float32 [h, w]. strengths: of `before`.
 
     Returns:
-        bool [h, w], and the sum over what the taken parts add to the outline of the probability above the level, less
-        that over what they remove.
+        bool [h, w], and the sum over what the taken parts add to the outline of the probability above the middle level,
+        less that over what they remove.
     """
-    parts, count = label(before != after)
+    box = box_of(before != after)
+    area = float(np.count_nonzero(before))
+    whole, before, after, probability = before, before[box], after[box], probability[box]
+    differs = before != after
+    parts, count = label(differs)
     if not count:
-        return before, 0.0
+        return whole, 0.0
     # Lengths and strengths of lines that each part adds and removes.
     lengths, totals = np.zeros((2, count + 1)), np.zeros((2, count + 1))
     for here, there in NEIGHBOURS:
         has = after[here] != after[there]
-        changed = has != (before[here] != before[there])  # so one pixel of the pair has changed, and one part with it
+        # Where one pixel of the pair has changed, and one part with it.
+        changed = np.nonzero(has != (before[here] != before[there]))
         part = np.maximum(parts[here][changed], parts[there][changed]) + (count + 1) * ~has[changed]
         strength = np.maximum(probability[here][changed], probability[there][changed])
         lengths += np.bincount(part, minlength=2 * count + 2).reshape(2, -1)
         totals += np.bincount(part, strength, 2 * count + 2).reshape(2, -1)
     (added, removed), (new, old) = lengths, totals / np.maximum(lengths, 1)
-    area = float(np.count_nonzero(before))
     length = np.maximum(added + removed, 1)
-    grown = np.bincount(parts.ravel(), after.ravel(), count + 1) > 0
-    closes = grown & (added <= OPENING * length) & (old < (WEAK - added / length / 2) * level)
-    near = 2 * np.bincount(parts.ravel(), minlength=count + 1) / length <= NEAR * (area / np.pi) ** 0.5
-    needed = np.where(grown, WIDER, NARROWER) + np.where(near, 0, FAR)
+    moved = parts[differs]
+    grown = np.bincount(moved, after[differs], count + 1)
+    areas = np.bincount(moved, minlength=count + 1)
+    faint = log_odds(old) - log_odds(strengths.inside) <= CLOSED - MOUTH * added / length
+    closes = (grown > 0) & (added <= OPENING * length) & faint
+    near = 2 * areas / length <= NEAR * (area / np.pi) ** 0.5
+    needed = np.where(grown == areas, WIDER, NARROWER) + np.where(near, 0, FAR)
     moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > needed)
     taken = closes | moves
     taken[0] = False
-    gain = ((new - level) * added - (old - level) * removed)[taken].sum()
-    return np.where(taken[parts], after, before), float(gain)
+    if not taken.any():
+        return whole, 0.0
+    gain = ((new - strengths.middle) * added - (old - strengths.middle) * removed)[taken].sum()
+    changed_mask = whole.copy()
+    changed_mask[box] = np.where(taken[parts], after, before)
+    return changed_mask, float(gain)
 
 
 NEIGHBOURS = ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]))

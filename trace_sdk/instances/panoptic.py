@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, find_objects, label
 
 from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.instances.boxed import BoxedMask
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.label_sets import LabelSet
 from trace_sdk.instances.splitting import split_masks
@@ -132,9 +133,7 @@ def split_things(
             part = parts[box] == number
             if np.count_nonzero(part) < min_area:
                 continue
-            mask = np.zeros(semantic.shape, np.bool_)
-            mask[box] = part
-            fragments = split_masks(probability, regions, mask[None])
+            fragments = split_masks(probability, regions, [BoxedMask(box, part)])
             instance_of = np.full(len(regions.areas), -1, np.int32)
             for fragment in fragments:
                 instance_of[fragment.region] = fragment.instance

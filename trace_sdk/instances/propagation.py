@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from pycocotools import mask as codec
 from scipy.ndimage import distance_transform_edt
 
+from trace_sdk.instances.boxed import Box, BoxedMask, seen_from, union, widened
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
-from trace_sdk.instances.joining import Candidate, join_alike, join_neighbours
-from trace_sdk.instances.outlines import better_parts, box_of, middle_level, without_holes
+from trace_sdk.instances.joining import Candidate, join_masks
+from trace_sdk.instances.outlines import Strengths, better_parts, without_holes
 from trace_sdk.instances.splitting import split_masks
-from trace_sdk.instances.walk import Box, Fragment, Regions, spread_fragments
+from trace_sdk.instances.walk import Fragment, Regions, spread_fragments
 
 LEVELS = (0.25, 0.5, 0.75)  # between the lowest share of the mask in the region (0) and the highest (1)
 ALIKE = 0.4  # IoU of a new outline with the old one
@@ -78,38 +79,26 @@ def propagate(
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
     regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
-    fragments = split_masks(probability, regions, masks)
-    rises = spread_fragments(probability, regions, masks, fragments)
-    of_instance: dict[tuple[int, int], list[int]] = {}
+    height, width = probability.shape
+    given = [BoxedMask.of(mask) for mask in masks]
+    fragments = split_masks(probability, regions, given)
+    rises = spread_fragments(probability, regions, given, fragments, LEVELS[0])
+    instances: list[dict[int, list[int]]] = [{} for _ in given]
     for place, fragment in enumerate(fragments):
-        of_instance.setdefault((fragment.mask, fragment.instance), []).append(place)
-    filled = without_holes(masks)
-    areas = np.count_nonzero(masks, axis=(1, 2))
+        instances[fragment.mask].setdefault(fragment.instance, []).append(place)
     found = []
-    for index, mask in enumerate(masks):
+    for index, mask in enumerate(given):
         # A mask without a region that counts stays as it was, but for its holes.
-        own = [places for (source, _), places in of_instance.items() if source == index] or [[]]
+        own = list(instances[index].values()) or [[]]
+        filled = BoxedMask(mask.box, without_holes(mask.inside))
         for part, places in zip(_parts(mask, regions, fragments, own), own, strict=True):
-            box = _union([box_of(part), *(regions.boxes[fragments[place].region] for place in places)], part.shape)
-            edges = probability[box]
-            whole_part = part[box] | (filled[index][box] & ~mask[box])
-            closed, _ = better_parts(part[box], whole_part, edges, middle_level(part[box], edges))
-            level = middle_level(closed, edges)
-            best, most = closed, 0.0
-            for proposal in _proposals(box, regions, [fragments[i] for i in places], [rises[i] for i in places]):
-                if np.count_nonzero(proposal & closed) >= ALIKE * np.count_nonzero(proposal | closed):
-                    changed, gain = better_parts(closed, proposal, edges, level)
-                    if gain > most:
-                        best, most = changed, gain
-            whole = np.zeros_like(mask)
-            whole[box] = best
-            common = np.count_nonzero(best & mask[box])
-            agreement = common / (np.count_nonzero(best) + areas[index] - common)
-            found.append(Candidate(whole, float(scores[index] * agreement), [index]))
-    joined = join_neighbours(join_alike(found), probability, regions)
+            best = _best(part, filled, probability, regions, [(fragments[i].region, *rises[i]) for i in places])
+            common = np.count_nonzero(best.within(mask.box) & mask.inside)
+            agreement = common / (best.area + mask.area - common)
+            found.append(Candidate(best, float(scores[index] * agreement), [index], (height, width)))
+    joined = join_masks(found, probability)
     runs = [one.rle for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
-    height, width = probability.shape
     return RefinedMasks(
         [runs[i] for i in order],
         np.array([joined[i].score for i in order]),
@@ -118,49 +107,66 @@ def propagate(
     )
 
 
-def _parts(
-    mask: NDArray[np.bool_], regions: Regions, fragments: Sequence[Fragment], instances: Sequence[Sequence[int]]
-) -> list[NDArray[np.bool_]]:
-    """The mask cut into its instances; what lies in regions that don't count goes to the nearest one."""
-    if len(instances) == 1:
-        return [mask]
-    box = box_of(mask)
-    number_of = np.zeros(len(regions.areas), np.int32)
-    for number, places in enumerate(instances, start=1):
-        number_of[[fragments[place].region for place in places]] = number
-    seeds = np.where(mask[box], number_of[regions.labels[box]], 0)
-    y, x = distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
-    nearest = np.where(mask[box], seeds[y, x], 0)
-    parts = []
-    for number in range(1, len(instances) + 1):
-        part = np.zeros_like(mask)
-        part[box] = nearest == number
-        parts.append(part)
-    return parts
+def _best(
+    part: BoxedMask,
+    filled: BoxedMask,
+    probability: NDArray[np.float32],
+    regions: Regions,
+    rises: Sequence[tuple[int, Box, NDArray[np.float32]]],
+) -> BoxedMask:
+    """Of the outlines that the regions and the walk suggest, the one that gains most.
+
+    Args:
+        part: of a mask. filled: the mask without its holes. rises: of its fragments, their region and their rise.
+    """
+    box = widened(filled.box, 1, probability.shape)
+    given, edges = part.within(box), probability[box]
+    closed, _ = better_parts(given, given | filled.within(box), edges, Strengths.of(given, edges))
+    strengths = Strengths.of(closed, edges)
+    before = BoxedMask.of(closed, (box[0].start, box[1].start))
+    best, most = before, 0.0
+    for after in _proposals(before, regions, rises):
+        box = widened(union([before.box, after.box]), 1, probability.shape)
+        closed, proposal = before.within(box), after.within(box)
+        if np.count_nonzero(proposal & closed) >= ALIKE * np.count_nonzero(proposal | closed):
+            changed, gain = better_parts(closed, proposal, probability[box], strengths)
+            if gain > most:
+                best, most = BoxedMask.of(changed, (box[0].start, box[1].start)), gain
+    return best
 
 
 def _proposals(
-    box: Box, regions: Regions, fragments: Sequence[Fragment], rises: Sequence[NDArray[np.float32]]
-) -> Iterator[NDArray[np.bool_]]:
-    """Outlines that the regions and the walk suggest, bool, as large as `box`."""
-    shape = box[0].stop - box[0].start, box[1].stop - box[1].start
-    rise = np.full(shape, -1, np.float32)
-    for fragment, values in zip(fragments, rises, strict=True):
-        rows, columns = own = regions.boxes[fragment.region]
-        window = rise[
-            rows.start - box[0].start : rows.stop - box[0].start,
-            columns.start - box[1].start : columns.stop - box[1].start,
-        ]
-        np.copyto(window, values, where=regions.labels[own] == fragment.region)
-    yield rise >= 0
+    before: BoxedMask, regions: Regions, rises: Sequence[tuple[int, Box, NDArray[np.float32]]]
+) -> Iterator[BoxedMask]:
+    """The regions of a mask, and where the walk reaches each of LEVELS in them; those of no like size left out."""
+    if not rises:
+        return
+    numbers = [region for region, _, _ in rises]
+    area = int(regions.areas[numbers].sum())
+    if min(area, before.area) >= ALIKE * max(area, before.area):
+        box = union([regions.boxes[region] for region in numbers])
+        yield BoxedMask(box, np.isin(regions.labels[box], numbers))
+    box = union([own for _, own, _ in rises])
+    rise = np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start), np.float32)
+    for _, own, values in rises:
+        # Regions don't overlap, their boxes do.
+        window = rise[seen_from(box, own)]
+        np.maximum(window, values, out=window)
     for level in LEVELS:
-        yield rise > level
+        yield BoxedMask.of(rise > level, (box[0].start, box[1].start))
 
 
-def _union(boxes: Sequence[Box], shape: tuple[int, ...]) -> Box:
-    """The box around all, with one more pixel to see the edge on the outer side."""
-    (top, left), (bottom, right) = (
-        [function(getattr(box[axis], end) for box in boxes) for axis in (0, 1)]
-        for function, end in ((min, "start"), (max, "stop"))
-    )
-    return slice(max(0, top - 1), min(shape[0], bottom + 1)), slice(max(0, left - 1), min(shape[1], right + 1))
+def _parts(
+    mask: BoxedMask, regions: Regions, fragments: Sequence[Fragment], instances: Sequence[Sequence[int]]
+) -> list[BoxedMask]:
+    """The mask cut into its instances; what lies in regions that don't count goes to the nearest one."""
+    if len(instances) == 1:
+        return [mask]
+    number_of = np.zeros(len(regions.areas), np.int32)
+    for number, places in enumerate(instances, start=1):
+        number_of[[fragments[place].region for place in places]] = number
+    seeds = np.where(mask.inside, number_of[regions.labels[mask.box]], 0)
+    y, x = distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    nearest = np.where(mask.inside, seeds[y, x], 0)
+    corner = mask.box[0].start, mask.box[1].start
+    return [BoxedMask.of(nearest == number, corner) for number in range(1, len(instances) + 1)]

@@ -21,6 +21,7 @@ from scipy.sparse import csr_array, dia_array
 from scipy.stats import binom
 
 from trace_sdk.instances.affinity import transition_matrix
+from trace_sdk.instances.boxed import Box, BoxedMask, box_of, overlap, shifted, widened
 from trace_sdk.instances.hierarchy import block_maxima
 
 STEPS = 2**8
@@ -29,16 +30,15 @@ LARGE = 1024  # cells from which a region walks on the coarser grid
 TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
-Box = tuple[slice, slice]
-
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """Part of a mask in one region. `instance`: number among the mask's own."""
+    """Part of a mask in one region. instance: number among the mask's own. share: of the region's pixels, in (0, 1]."""
 
     mask: int
     region: int
     instance: int
+    share: float
 
 
 class Regions:
@@ -57,19 +57,29 @@ class Regions:
 
 
 def spread_fragments(
-    probability: NDArray[np.float32], regions: Regions, masks: NDArray[np.bool_], fragments: Sequence[Fragment]
-) -> list[NDArray[np.float32]]:
-    """For each fragment how much the walk brings to each pixel of its region's box, from 0 (least) to 1 in the region.
+    probability: NDArray[np.float32],
+    regions: Regions,
+    masks: Sequence[BoxedMask],
+    fragments: Sequence[Fragment],
+    least: float,
+) -> list[tuple[Box, NDArray[np.float32]]]:
+    """For each fragment how much the walk brings to each pixel of its region, from 0 (least) to 1 in the region.
 
-    What lies in the box but not in the region has no meaning.
+    A box and the values in it, 0 outside the region; beyond the box no value is above `least`.
     """
     step = max(1, ceil(max(probability.shape) / GRID))
     large = regions.areas > LARGE * step**2
-    rises: dict[int, NDArray[np.float32]] = {}
-    for size, steps, own in ((step, STEPS, ~large), (2 * step, STEPS // 4, large)):
-        places = [place for place, one in enumerate(fragments) if own[one.region]]
+    # A walk that starts everywhere goes nowhere.
+    rises = {
+        place: (regions.boxes[one.region], (regions.labels[regions.boxes[one.region]] == one.region).astype(np.float32))
+        for place, one in enumerate(fragments)
+        if one.share == 1
+    }
+    edges = block_maxima(probability, step)
+    for times, steps, own in ((1, STEPS, ~large), (2, STEPS // 4, large)):
+        places = [place for place, one in enumerate(fragments) if own[one.region] and place not in rises]
         if places:
-            grid = _Grid(probability, regions, size, steps)
+            grid = _Grid(block_maxima(edges, times), regions, times * step, steps, least)
             rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
     return [rises[place] for place in range(len(fragments))]
 
@@ -77,46 +87,53 @@ def spread_fragments(
 class _Grid:
     """The walk on cells of `step` × `step` pixels, each in the region of its centre."""
 
-    def __init__(self, probability: NDArray[np.float32], regions: Regions, step: int, steps: int) -> None:
-        self._step, self._steps, self._boxes = step, steps, regions.boxes
-        self._edges = block_maxima(probability, step)
+    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, steps: int, least: float) -> None:
+        self._edges, self._step, self._steps, self._regions, self._least = edges, step, steps, regions, least
         middles = [
             np.minimum(np.arange(cells) * step + step // 2, length - 1)
-            for cells, length in zip(self._edges.shape, probability.shape, strict=True)
+            for cells, length in zip(edges.shape, regions.labels.shape, strict=True)
         ]
         self._cells = regions.labels[np.ix_(*middles)]
 
-    def rises(self, masks: NDArray[np.bool_], fragments: Sequence[Fragment]) -> list[NDArray[np.float32]]:
+    def rises(self, masks: Sequence[BoxedMask], fragments: Sequence[Fragment]) -> list[tuple[Box, NDArray[np.float32]]]:
         # The walk never leaves a region, so fragments of different regions share a column.
         used: dict[int, int] = {}
         columns = []
         for fragment in fragments:
             columns.append(used.get(fragment.region, 0))
             used[fragment.region] = columns[-1] + 1
-        count = len(self._boxes)
+        count = len(self._regions.boxes)
         cells = self._cells.ravel()
         columns_of = np.bincount(list(used), list(used.values()), minlength=count)[cells].astype(np.int64)
         seeds = np.zeros((max(columns) + 1, *self._cells.shape), np.float32)
-        covered: dict[int, NDArray[np.float32]] = {}
-        windows = [self._window(fragment.region) for fragment in fragments]
-        for fragment, column, window in zip(fragments, columns, windows, strict=True):
+        covered: dict[int, tuple[Box, NDArray[np.float32]]] = {}
+        for fragment, column in zip(fragments, columns, strict=True):
             if fragment.mask not in covered:
-                covered[fragment.mask] = _block_means(masks[fragment.mask], self._step)
-            own = self._cells[window] == fragment.region
-            seeds[column][window][own] = covered[fragment.mask][window][own]
+                covered[fragment.mask] = self._block_means(masks[fragment.mask])
+            box, means = covered[fragment.mask]
+            own = self._cells[box] == fragment.region
+            seeds[column][box][own] = means[own]
         shares = self._walked(seeds.reshape(len(seeds), -1), columns_of).reshape(seeds.shape)
         return [
-            self._lifted(fragment.region, window, shares[column][window])
-            for fragment, column, window in zip(fragments, columns, windows, strict=True)
+            self._lifted(fragment.region, shares[column]) for fragment, column in zip(fragments, columns, strict=True)
         ]
 
-    def _window(self, region: int) -> Box:
-        """The cells that a region's pixels lie in, and one more around for what lies between centres."""
-        rows, columns = self._boxes[region]
-        return (
-            slice(max(0, rows.start // self._step - 1), -(-rows.stop // self._step) + 1),
-            slice(max(0, columns.start // self._step - 1), -(-columns.stop // self._step) + 1),
+    def _block_means(self, mask: BoxedMask) -> tuple[Box, NDArray[np.float32]]:
+        """The cells that a mask lies in, and the share of each that it has; those at the rim are smaller."""
+        box = self._cells_of(mask.box)
+        picture = PIL.Image.fromarray(mask.within(self._pixels_of(box)).view(np.uint8) * np.uint8(255))
+        return box, np.asarray(picture.reduce(self._step), np.float32) / np.float32(255)
+
+    def _cells_of(self, box: Box) -> Box:
+        rows, columns = (slice(side.start // self._step, -(-side.stop // self._step)) for side in box)
+        return rows, columns
+
+    def _pixels_of(self, cells: Box) -> Box:
+        rows, columns = (
+            slice(side.start * self._step, min(length, side.stop * self._step))
+            for side, length in zip(cells, self._regions.labels.shape, strict=True)
         )
+        return rows, columns
 
     def _walked(self, seeds: NDArray[np.float32], columns_of: NDArray[np.int64]) -> NDArray[np.float32]:
         """T^steps of each row; `columns_of`: how many of the rows a cell's region takes part in."""
@@ -132,21 +149,29 @@ class _Grid:
             shares[some, own] = spread(transition[own][:, own], vectors, self._steps).T
         return shares
 
-    def _lifted(self, region: int, window: Box, share: NDArray[np.float32]) -> NDArray[np.float32]:
-        """From cells to the pixels of a region's box: bilinear, from cells of the region only, stretched to [0, 1]."""
+    def _lifted(self, region: int, shares: NDArray[np.float32]) -> tuple[Box, NDArray[np.float32]]:
+        """From cells to pixels of a region: bilinear, from cells of the region only, stretched to [0, 1]."""
+        window = widened(self._cells_of(self._regions.boxes[region]), 1, self._cells.shape)
         own = self._cells[window] == region
-        box = self._boxes[region]
-        if not own.any():
-            return np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start), np.float32)
-        low, high = share[own].min(), share[own].max()
-        rise = np.where(own, (share - low) / max(high - low, np.float32(1e-3)), np.float32(0))
+        share = shares[window][own]
+        if not len(share):
+            return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), np.float32)
+        low = share.min()
+        rise = np.zeros(own.shape, np.float32)
+        rise[own] = (share - low) / max(share.max() - low, np.float32(1e-3))
+        # A pixel lies between cells, so it is above `least` beside a cell that is, and takes from those beside it.
+        around = box_of(rise > self._least)
+        cells = shifted(around, window[0].start, window[1].start)
+        box = overlap(self._pixels_of(cells), self._regions.boxes[region])
+        some = widened(around, 1, own.shape)
         down, aside = (
-            _between(pixels, cells, self._step, length)
-            for pixels, cells, length in zip(box, window, own.shape, strict=True)
+            _between(pixels, side.start + part.start, self._step, part.stop - part.start)
+            for pixels, side, part in zip(box, window, some, strict=True)
         )
-        weight = down @ own.astype(np.float32) @ aside.T
-        lifted: NDArray[np.float32] = (down @ rise @ aside.T) / np.maximum(weight, np.float32(1e-6))
-        return lifted
+        weight = down @ own[some].astype(np.float32) @ aside.T
+        lifted = (down @ rise[some] @ aside.T) / np.maximum(weight, np.float32(1e-6))
+        lifted[self._regions.labels[box] != region] = 0
+        return box, lifted
 
 
 def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
@@ -168,14 +193,8 @@ def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps
     return np.asarray(result, np.float32)
 
 
-def _between(pixels: slice, cells: slice, step: int, length: int) -> NDArray[np.float32]:
-    """Weights of linear interpolation, [pixels, cells], along one axis; `length`: cells there are in the window."""
-    place = np.clip((np.arange(pixels.start, pixels.stop) + 0.5) / step - 0.5 - cells.start, 0, length - 1)
+def _between(pixels: slice, first: int, step: int, length: int) -> NDArray[np.float32]:
+    """Weights of linear interpolation along one axis between `length` cells from `first` on, [pixels, cells]."""
+    place = np.clip((np.arange(pixels.start, pixels.stop) + 0.5) / step - 0.5 - first, 0, length - 1)
     weights: NDArray[np.float32] = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(length))).astype(np.float32)
     return weights
-
-
-def _block_means(mask: NDArray[np.bool_], step: int) -> NDArray[np.float32]:
-    """Share of each step × step block that lies in the mask; blocks at the rim are smaller."""
-    picture = PIL.Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    return np.asarray(picture.reduce(step), np.float32) / np.float32(255)
