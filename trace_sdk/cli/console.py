@@ -53,7 +53,7 @@ class BadEntries:
 
     def __call__(self, error: TraceError) -> None:
         if not self._skip:
-            raise error
+            raise type(error)(f"{error} Or pass --skip-bad.") from error
         self.count += 1
         say_error(error)
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,46 @@ from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import read_photo
-from trace_sdk.errors import ArgumentError, DatasetError, InputError
+from trace_sdk.errors import ArgumentError, DatasetError, InputError, TraceError
 from trace_sdk.pool import job_pool
-
-Answer = tuple[list[dict[str, Any]], list[DatasetError], float]
 
 if TYPE_CHECKING:
     from trace_sdk.edge_map import EdgeMap
     from trace_sdk.instances.predictions import PredictedImage
+
+
+@dataclass(frozen=True)
+class EdgeFile:
+    """Edges of a photo, made elsewhere; read in the process that refines."""
+
+    file: Path
+    photo: Path
+    threshold: float
+
+    def read(self) -> EdgeMap:
+        """Raises DatasetError if the edges cannot be read or are not as large as the photo, and ImageError."""
+        import numpy as np
+
+        from trace_sdk.edge_map import EdgeMap
+        from trace_sdk.evaluation.methods import read_edges
+        from trace_sdk.images import upright_size
+
+        edges = read_edges(self.file)
+        width, height = upright_size(read_photo(self.photo), str(self.photo))
+        if edges.shape != (height, width):
+            raise DatasetError(f"{self.file} is {list(edges.shape)}, its photo is {[height, width]}. Write both alike.")
+        # Refinement looks at the edges only, and decoding a photo takes time.
+        return EdgeMap(edges, np.broadcast_to(np.uint8(0), (height, width, 3)), self.threshold)
+
+
+@dataclass
+class Answer:
+    """Results of one image, what was wrong with it, and the seconds that its edge file and refinement took."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[TraceError] = field(default_factory=list)
+    edge_seconds: float = 0.0
+    refine_seconds: float = 0.0
 
 
 @click.command("refine", context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,22 +137,24 @@ def command(
     parts = Parts(out.with_name(f"{out.name}.parts"), {"version": __version__, **made_with})
     refined: list[dict[str, Any]] = []
     edge_seconds = refine_seconds = 0.0
-    given = fresh = done = 0
+    given = fresh = known = done = 0
     try:
         with progress("refine", total=len(predictions.images)) as advance, job_pool(_job, workers) as submit:
             waiting: deque[tuple[PredictedImage, str, Future[Answer] | None, Any]] = deque()
 
             def collect() -> None:
-                nonlocal refine_seconds, fresh, done
+                nonlocal edge_seconds, refine_seconds, fresh, done
                 image, key, future, part = waiting.popleft()
                 if future is not None:
-                    part, wrong, seconds = future.result()
-                    for error in wrong:
+                    answer = future.result()
+                    for error in answer.wrong:
                         on_bad(error)
-                    refine_seconds += seconds
-                    fresh += 1
+                    edge_seconds += answer.edge_seconds
+                    refine_seconds += answer.refine_seconds
+                    part = answer.results
+                    fresh += bool(part)
                     # What was bad is to be listed again by the next run.
-                    if not wrong:
+                    if not answer.wrong:
                         parts.put(key, part)
                 refined.extend(part or [])
                 done += 1
@@ -133,6 +168,7 @@ def command(
                     own = b"" if folder is None else _edge_file(folder, image.photo).read_bytes()
                     key = parts.key(read_photo(image.photo), facts, own)
                     part = parts.get(key)
+                    known += part is not None
                     if part is None and image.entries:
                         began = time.perf_counter()
                         edges = edges_of(image.photo)
@@ -167,7 +203,7 @@ def command(
             f"(overhead {each * fresh / max(edge_seconds, 1e-9):.0%}, {1 / max(each, 1e-9):.1f} images/s "
             "beyond the edges)"
         )
-    kept = f", {done - fresh} were done already or have no masks" if done > fresh else ""
+    kept = f", {known} done already" if known else ""
     trouble = f", {on_bad.count} bad left out" if on_bad.count else ""
     output.print(
         f"{given} masks in {done} images → {len(refined)} in {out}{kept}{trouble}; "
@@ -179,14 +215,14 @@ def command(
 
 def _edge_source(
     engine: str | None, device: str, size: int | None, folder: Path | None, threshold: float | None
-) -> tuple[Callable[[Path], EdgeMap], dict[str, Any]]:
+) -> tuple[Callable[[Path], EdgeMap | EdgeFile], dict[str, Any]]:
     """Photo → edges, and what they depend on."""
     if folder is not None:
         if threshold is None or engine is not None:
             raise ArgumentError("--edges takes the place of --engine, and needs a --threshold of its own.")
         if not folder.is_dir():
             raise DatasetError(f"{folder} is not a folder. Give the folder of the edge maps.")
-        return partial(_read_edge_map, folder, threshold), {"edges": folder.name, "threshold": threshold}
+        return partial(_edges_elsewhere, folder, threshold), {"edges": folder.name, "threshold": threshold}
 
     from trace_sdk.detector import EdgeDetector
 
@@ -203,26 +239,28 @@ def _edge_file(folder: Path, photo: Path) -> Path:
     return file
 
 
-def _read_edge_map(folder: Path, threshold: float, photo: Path) -> EdgeMap:
-    from trace_sdk.edge_map import EdgeMap
-    from trace_sdk.evaluation.methods import read_edges
-    from trace_sdk.images import read_image
-
-    file, rgb = _edge_file(folder, photo), read_image(photo).rgb
-    edges = read_edges(file)
-    if edges.shape != rgb.shape[:2]:
-        raise DatasetError(f"{file} is {list(edges.shape)}, its photo is {list(rgb.shape[:2])}. Write both alike.")
-    return EdgeMap(edges, rgb, threshold)
+def _edges_elsewhere(folder: Path, threshold: float, photo: Path) -> EdgeFile:
+    return EdgeFile(_edge_file(folder, photo), photo, threshold)
 
 
-def _job(edges: EdgeMap, image: PredictedImage, file: Path, threshold: float | None) -> Answer:
-    """Results of one image, what was wrong with its entries, and the seconds taken."""
+def _job(edges: EdgeMap | EdgeFile, image: PredictedImage, file: Path, threshold: float | None) -> Answer:
+    # Loading these takes longer than a photo, and is no part of its time.
+    import trace_sdk.instances.propagation  # noqa: F401
     from trace_sdk.instances.predictions import decode_entries
 
-    began, wrong = time.perf_counter(), list[DatasetError]()
+    answer, began = Answer(), time.perf_counter()
+    if isinstance(edges, EdgeFile):
+        try:
+            edges = edges.read()
+        except (InputError, DatasetError) as error:
+            answer.wrong.append(error)
+            return answer
+        answer.edge_seconds = time.perf_counter() - began
     height, width = edges.probability.shape
-    results = _refine(edges, image, decode_entries(image, height, width, file, wrong.append), threshold)
-    return results, wrong, time.perf_counter() - began
+    decoded = decode_entries(image, height, width, file, answer.wrong.append)
+    answer.results = _refine(edges, image, decoded, threshold)
+    answer.refine_seconds = time.perf_counter() - began - answer.edge_seconds
+    return answer
 
 
 def _refine(

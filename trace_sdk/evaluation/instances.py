@@ -52,7 +52,7 @@ def score_file(folder: str | Path, file: str | Path, names: Collection[str] | No
         DatasetError: a file is missing or malformed, or a mask is.
     """
     source = Path(folder) / "instances.json"
-    predictions = read_predictions(Path(file), Path(folder) / "images", source, _refuse)
+    predictions = read_predictions(Path(file), Path(folder) / "images", source, _refuse, class_agnostic=True)
     truth = json.loads(source.read_bytes())
     wanted = {i["id"] for i in truth["images"] if names is None or Path(str(i["file_name"])).stem in names}
     results = []

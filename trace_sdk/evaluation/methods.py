@@ -141,8 +141,9 @@ def check_names(methods: Sequence[Method]) -> None:
 
 
 def edge_file(folder: Path, stem: str) -> Path | None:
-    """FOLDER/STEM.npy or .png, in this order; None if neither is there."""
-    return next((file for suffix in (".npy", ".png") if (file := folder / f"{stem}{suffix}").is_file()), None)
+    """FOLDER/STEM.npy or .png, or as `trace-sdk detect` names them STEM.edges.npy or .png; None if there is none."""
+    suffixes = (".npy", ".png", ".edges.npy", ".edges.png")
+    return next((file for suffix in suffixes if (file := folder / f"{stem}{suffix}").is_file()), None)
 
 
 def read_edges(file: Path) -> NDArray[np.float32]:

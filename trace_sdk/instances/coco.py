@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
+_LONGEST = 7  # characters of a compressed run length: 34 bits and a sign
+
 CATEGORY = {"id": 1, "name": "instance", "supercategory": "instance"}
 
 
@@ -22,6 +24,8 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
     Raises:
         ValueError, TypeError, KeyError, AttributeError: it is none of them, or not of this size.
     """
+    if not isinstance(segmentation, (list, dict)):
+        raise ValueError(f"{segmentation!r:.40} is neither a list of polygons nor run lengths")
     if isinstance(segmentation, list):
         runs = codec.merge(codec.frPyObjects(_polygons(segmentation, height, width), height, width))
         return np.asarray(codec.decode([runs])[..., 0], np.bool_)
@@ -56,8 +60,10 @@ def as_result(
 
 
 def _polygons(shape: list[Any], height: int, width: int) -> list[list[float]]:
+    if not shape:
+        raise ValueError("it is empty")
     polygons = [[float(value) for value in polygon] for polygon in shape]
-    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
         raise ValueError("a polygon needs at least three x, y pairs")
     # The decoder allocates by coordinates, so wild ones must not reach it.
     far = 2 * max(height, width)
@@ -81,21 +87,23 @@ def _expand_runs(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _decompress(text: str) -> list[int]:
-    """Run lengths from COCO's compressed form: 5 bits a character, from the third on as differences."""
-    runs: list[int] = []
-    value = shift = 0
-    for code in text.encode("ascii"):
-        bits = code - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise ValueError("its compressed run lengths are damaged")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
+    """Run lengths from COCO's compressed form: 5 bits a character, from the fourth on as differences to the last but one.
+
+    A character has its bits above "0"; 32 says that the number goes on, 16 in its last character that it is negative.
+    """
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    if not len(codes):
+        return []
+    ends = np.flatnonzero((codes & 32) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if ((codes < 0) | (codes >= 64)).any() or (ends - starts >= _LONGEST).any():
+        raise ValueError("its compressed run lengths are damaged")
+    if not len(ends) or ends[-1] != len(codes) - 1:
         raise ValueError("its compressed run lengths are cut off")
+    lengths = ends + 1 - starts
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 31) << (5 * place), starts)
+    values -= np.where(codes[ends] & 16, np.int64(1) << 5 * lengths, 0)
+    values[1::2], values[2::2] = np.cumsum(values[1::2]), np.cumsum(values[2::2])
+    runs: list[int] = values.tolist()
     return runs

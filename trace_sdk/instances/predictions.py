@@ -51,7 +51,9 @@ class Predictions:
     content: dict[str, Any] | None
 
 
-def read_predictions(file: Path, folder: Path, annotations: Path | None, on_bad: OnBad) -> Predictions:
+def read_predictions(
+    file: Path, folder: Path, annotations: Path | None, on_bad: OnBad, *, class_agnostic: bool = False
+) -> Predictions:
     """Read a file of masks and find the photos they belong to.
 
     A photo is found by the `file_name` of its image, in the file itself or in `annotations` (any COCO data set of
@@ -62,6 +64,7 @@ def read_predictions(file: Path, folder: Path, annotations: Path | None, on_bad:
         folder: of the photos.
         annotations: data set that names images, and categories.
         on_bad: called with each bad entry or image, which is left out; it may raise.
+        class_agnostic: any category will do, listed or not.
 
     Raises:
         DatasetError: the file is none of the two, or a folder or file is missing; and what `on_bad` raises.
@@ -80,7 +83,9 @@ def read_predictions(file: Path, folder: Path, annotations: Path | None, on_bad:
     if named is not None and not isinstance(named, dict):
         raise DatasetError(f"{source} is not a COCO data set. Give one with images.")
     listed = _listed(named, source, on_bad)
-    categories = {c.get("id") for c in (named or {}).get("categories", []) if isinstance(c, dict)}
+    categories: set[Any] = set()
+    if not class_agnostic:
+        categories = {c.get("id") for c in (named or {}).get("categories", []) if isinstance(c, dict)}
     grouped = _grouped(loaded, file, listed, categories, on_bad)
     by_number = {} if listed is not None else _photos_by_number(folder)
 
@@ -122,7 +127,7 @@ def decode_entries(
                 raise ValueError("it is empty")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            on_bad(DatasetError(f"{where} has no usable mask: {reason}. Correct or remove it, or pass --skip-bad."))
+            on_bad(DatasetError(f"{where} has no usable mask: {reason}. Correct or remove it."))
         else:
             decoded.append((entry, mask))
     return decoded
@@ -164,7 +169,7 @@ def _grouped(
     grouped: defaultdict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for place, entry in enumerate(entries):
         if reason := _wrong(entry, listed, categories):
-            on_bad(DatasetError(f"{file}: entry {place} {reason}. Correct or remove it, or pass --skip-bad."))
+            on_bad(DatasetError(f"{file}: entry {place} {reason}. Correct or remove it."))
         elif ids.get(entry.get("id"), 0) > 1 and entry["id"] in seen:
             on_bad(DatasetError(f"{file}: entry {place} repeats id {entry['id']}. Give each its own id."))
         else:
@@ -175,14 +180,14 @@ def _grouped(
 
 def _wrong(entry: Any, listed: dict[Any, dict[str, Any]] | None, categories: set[Any]) -> str:
     if not isinstance(entry, dict):
-        return f"is {type(entry).__name__}, not an object"
+        return f"is {'null' if entry is None else type(entry).__name__}, not an object"
     if not _is_id(entry.get("image_id")):
         return f"has image_id {entry.get('image_id')!r}"
     if listed is not None and entry["image_id"] not in listed:
         return f"belongs to image {entry['image_id']}, which is not listed"
     score = entry.get("score", 1.0)
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not np.isfinite(score):
-        return f"has score {score!r}, not a finite number"
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score < np.inf:
+        return f"has score {score!r}, not a finite number of 0 or more"
     category = entry.get("category_id")
     if not (category is None or _is_id(category)) or (categories and category not in categories):
         return f"has category {category!r}, which is not listed"

@@ -18,7 +18,7 @@ import PIL.Image
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 from scipy.sparse import csr_array, dia_array
-from scipy.stats import binom
+from scipy.special import gammaln
 
 from trace_sdk.instances.affinity import transition_matrix
 from trace_sdk.instances.boxed import Box, BoxedMask, box_of, overlap, shifted, widened
@@ -181,7 +181,9 @@ def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps
     where the chances left fall under TAIL. This needs real eigenvalues in [−1, 1], which symmetric affinities give.
     """
     degrees = np.arange(steps % 2, steps + 1, 2)
-    chances = binom.pmf((steps + degrees) // 2, steps, 0.5) * np.where(degrees > 0, 2, 1)
+    heads = (steps + degrees) // 2
+    ways = gammaln(steps + 1) - gammaln(heads + 1) - gammaln(steps - heads + 1)
+    chances = np.exp(ways - steps * np.log(2)) * np.where(degrees > 0, 2, 1)
     wanted = int(np.searchsorted(np.cumsum(chances), 1 - TAIL)) + 1
     chance = dict(zip(degrees[:wanted].tolist(), chances[:wanted].astype(np.float32), strict=True))
     last, current = vector, transition @ vector
