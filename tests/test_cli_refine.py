@@ -134,14 +134,19 @@ BAD_ENTRIES = [
     (entry({"size": [HEIGHT, WIDTH], "counts": [5, 7]}), "its run lengths do not add up"),
     (entry({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}), "has no usable mask: it is empty"),
     (entry([[100.0, 50.0, 140.0, 50.0, 140.0, 90.0]]), "it reaches outside the image, which is 128x96"),
+    ({**entry(), "segmentation": None}, "has no usable mask: None is neither"),
+    (entry([]), "entry 1 (image 790) has no usable mask: it is empty"),
+    (entry({"size": [HEIGHT, WIDTH], "counts": "ooooooooo0"}), "its compressed run lengths are damaged"),
     (entry([[1.0, 2.0, 3.0]]), "a polygon needs at least three x, y pairs"),
     (entry([[1.0, 2.0, 3.0, 1e9, 5.0, 6.0]]), "a polygon lies far outside the image"),
-    (entry("mask"), "entry 1 (image 790) has no usable mask: TypeError"),
+    (entry("mask"), "has no usable mask: 'mask' is neither a list of polygons nor run lengths"),
     (entry(score="high"), "entry 1 has score 'high', not a finite number"),
+    (entry(score=-0.5), "entry 1 has score -0.5, not a finite number of 0 or more"),
     (entry(category_id=[1]), "entry 1 has category [1], which is not listed"),
     (entry(image_id=None), "entry 1 has image_id None"),
     (entry(image_id=123), "image 123 has no photo photos/000000000123.jpg"),
     ("text", "entry 1 is str, not an object"),
+    (None, "entry 1 is null, not an object"),
 ]
 
 
@@ -250,7 +255,17 @@ def test_edges_of_others_in_place_of_an_engine(tiny_engine: Path, run: Run) -> N
     assert CliRunner().invoke(main, [*fixed, "--threshold", "0.4"]).exit_code == 0
     assert json.loads(Path("other.json").read_bytes())[0]["segmentation"] == encode_mask(HOLED)
     assert CliRunner().invoke(main, fixed).exit_code == 2
+    # As `trace-sdk detect` names them.
     Path("maps/000000000790.npy").unlink()
+    edges.save("maps/000000000790.edges.png")
+    assert CliRunner().invoke(main, [*fixed, "--threshold", "0.4"]).exit_code == 0
+    assert json.loads(Path("other.json").read_bytes())[0]["bbox"] == written()[0]["bbox"]
+    PIL.Image.new("L", (9, 7)).save("maps/000000000790.edges.png")
+    result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4"])
+    assert result.exit_code == 1 and "790.edges.png is [7, 9], its photo is [96, 128]" in result.stderr
+    result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4", "--skip-bad"])
+    assert result.exit_code == 0 and "1 bad left out" in result.stdout and "images/s" not in result.stdout
+    Path("maps/000000000790.edges.png").unlink()
     result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4"])
     assert result.exit_code == 1 and "maps/000000000790.png is missing" in result.stderr
     result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4", "--skip-bad"])

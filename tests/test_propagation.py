@@ -153,7 +153,7 @@ def test_without_an_edge_between_them_they_are_one() -> None:
 def test_damage_is_repaired(damaged: Any, what: str) -> None:
     refined = PAIR.refine(damaged[None])
     assert len(refined) == 1, what
-    assert iou(refined.masks[0], LEFT) > max(0.93, iou(damaged, LEFT)), what
+    assert iou(refined.masks[0], LEFT) > max(0.9, iou(damaged, LEFT)), what  # a pixel all around
 
 
 def test_halves_of_one_thing_become_one() -> None:

@@ -87,7 +87,7 @@ def _expand_runs(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _decompress(text: str) -> list[int]:
-    """Run lengths from COCO's compressed form: 5 bits a character, from the fourth on as differences to the last but one.
+    """Run lengths from COCO's compressed form: 5 bits a character, from the fourth on less the last but one.
 
     A character has its bits above "0"; 32 says that the number goes on, 16 in its last character that it is negative.
     """

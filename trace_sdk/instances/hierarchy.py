@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, label
 from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from skimage.morphology import local_minima
-from skimage.segmentation import watershed
+
+from trace_sdk.instances.components import components
+from trace_sdk.instances.watershed import watershed
 
 WORKING = 1024  # longest side on which pieces are found, pixels; larger maps are reduced to about this
 _SMOOTH = 1.0  # σ in working pixels: minima closer than this are one
+_FLAT = np.float32(1e-3)  # share of the smoothed map that says which way flat ground falls: a quarter of a grey level
 _LEVELS = 50  # minima must differ by 1/50 of probability to be two
 
 
@@ -155,12 +157,12 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
 
 
 def _find_pieces(edges: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Watershed from the minima of the smoothed map; ridge pixels go to the side that reaches them first."""
-    calm = np.rint(gaussian_filter(edges, _SMOOTH, mode="nearest") * _LEVELS).astype(np.uint8)
-    markers, count = label(local_minima(calm))  # type: ignore[no-untyped-call]
+    """Watershed from the minima of the smoothed map; ridge pixels go to the lower side."""
+    smooth = gaussian_filter(edges, _SMOOTH, mode="nearest")
+    markers, count = label(local_minima(np.rint(smooth * _LEVELS).astype(np.uint8)))  # type: ignore[no-untyped-call]
     if count < 2:
         return np.zeros(edges.shape, np.int32)
-    return np.asarray(watershed(edges, markers), np.int32) - 1  # type: ignore[no-untyped-call]
+    return watershed(edges + _FLAT * smooth, markers) - 1
 
 
 def find_borders(
@@ -222,12 +224,6 @@ def merge_weakest_first(
         np.array(merges, np.int32).reshape(-1, 2),
         np.maximum.accumulate(np.array(heights, np.float64)) if heights else np.zeros(0),
     )
-
-
-def components(links: NDArray[np.int32], count: int) -> NDArray[np.int32]:
-    """Which of `count` nodes the links join: int32 [count], numbered from 0."""
-    graph = coo_matrix((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), (count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int32)
 
 
 def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.int32]:

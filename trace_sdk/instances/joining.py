@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, union, widened
-from trace_sdk.instances.hierarchy import components
+from trace_sdk.instances.components import components
 from trace_sdk.instances.outlines import border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one

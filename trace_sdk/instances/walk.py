@@ -189,7 +189,10 @@ def spread(transition: dia_array | csr_array, vector: NDArray[np.float32], steps
     last, current = vector, transition @ vector
     result = chance.get(0, np.float32(0)) * last + chance.get(1, np.float32(0)) * current
     for degree in range(2, max(chance) + 1):
-        last, current = current, 2 * (transition @ current) - last
+        following = transition @ current
+        following *= 2
+        following -= last
+        last, current = current, following
         if degree in chance:
             result += chance[degree] * current
     return np.asarray(result, np.float32)
