@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from trace_sdk.cli import main
+from trace_sdk.cli.gallery import _mask_pictures
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.gallery import Exhibit, write_page
 from trace_sdk.instances.coco import encode_mask
+from trace_sdk.instances.predictions import PredictedImage
 from trace_sdk.instances.result import paint_masks
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -98,6 +100,30 @@ def test_painted_masks() -> None:
     painted = np.asarray(paint_masks(rgb, masks))
     assert (painted[1, 1] == 50).all() and (painted[15, 25] == 255).all()
     assert (painted[20, 25] != painted[10, 10]).any() and (painted[20, 25] != 100).any()
+
+
+def test_refined_masks_keep_their_colour_and_category(tmp_path: Path) -> None:
+    edges = np.zeros((80, 120), np.float32)
+    edges[20:61, [20, 100]] = edges[[20, 60], 20:101] = 1
+    thing = np.zeros(edges.shape, np.bool_)
+    thing[20:61, 20:101] = True
+    halves = thing & (np.arange(120) < 60), thing & (np.arange(120) >= 60)
+    shown = EdgeMap(edges, np.full((80, 120, 3), 100, np.uint8), 0.5)
+
+    def colours(*categories: int) -> list[Any]:
+        entries = [
+            (place, {"category_id": category, "segmentation": encode_mask(half), "score": 0.2 + 0.5 * place})
+            for place, (category, half) in enumerate(zip(categories, halves, strict=True))
+        ]
+        image = PredictedImage(7, tmp_path / "7.png", None, entries)
+        pictures = [np.asarray(picture) for _, picture in _mask_pictures(shown, image, tmp_path / "p.json", None)]
+        return [[picture[40, column].tolist() for column in (35, 85)] for picture in pictures]
+
+    # Each half grows to the whole thing: two masks, the second on top, or one where they may be joined.
+    before, after = colours(1, 2)
+    assert before[0] != before[1] and after == [before[1]] * 2
+    before, after = colours(1, 1)
+    assert after == [before[0]] * 2
 
 
 def test_hatching_leaves_the_photo_between_the_stripes() -> None:

@@ -136,6 +136,18 @@ def _mask_pictures(edges: EdgeMap, image: Any, file: Path, threshold: float | No
 
     height, width = edges.probability.shape
     decoded = decode_entries(image, height, width, file, say_error) if image is not None else []
-    own = np.array([mask for _, mask in decoded], np.bool_).reshape(-1, height, width)
-    refined = edges.refine(own, [entry.get("score", 1.0) for entry, _ in decoded], threshold=threshold)
-    return [("masks", paint_masks(edges.rgb, own)), ("refined masks", paint_masks(edges.rgb, refined.masks))]
+    given = np.array([mask for _, mask in decoded], np.bool_).reshape(-1, height, width)
+    crowds = [place for place, (entry, _) in enumerate(decoded) if entry.get("iscrowd")]
+    by_category: dict[Any, list[int]] = {}
+    for place, (entry, _) in enumerate(decoded):
+        if not entry.get("iscrowd"):
+            by_category.setdefault(entry.get("category_id"), []).append(place)
+    after, numbers = [given[crowds]], list(crowds)
+    for places in by_category.values():
+        scores = [decoded[place][0].get("score", 1.0) for place in places]
+        found = edges.refine(given[places], scores, threshold=threshold)
+        after.append(found.masks)
+        # A refined mask keeps the colour of the mask it came from.
+        numbers += [places[sources[0]] for sources in found.sources]
+    refined = paint_masks(edges.rgb, np.concatenate(after), numbers)
+    return [("masks", paint_masks(edges.rgb, given)), ("refined masks", refined)]

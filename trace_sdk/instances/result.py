@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -203,17 +204,23 @@ class Instances:
         return f"Instances({len(self)} in {width}x{height}, threshold={self.info.get('threshold')})"
 
 
-def paint_masks(rgb: NDArray[np.uint8], masks: NDArray[np.bool_]) -> PIL.Image.Image:
-    """Masks bool [K, H, W] in colours over a photo, uint8 [H, W, 3], small ones on top, with white outlines."""
+def paint_masks(
+    rgb: NDArray[np.uint8], masks: NDArray[np.bool_], numbers: Sequence[int] | None = None
+) -> PIL.Image.Image:
+    """Masks bool [K, H, W] in colours over a photo, uint8 [H, W, 3], small ones on top, with white outlines.
+
+    A mask has the colour of its number, from 0; None: 0 … K − 1.
+    """
+    coloured = range(len(masks)) if numbers is None else numbers
     number = np.zeros(rgb.shape[:2], np.int32)
     border = np.zeros(rgb.shape[:2], np.uint8)
     by_size = np.argsort(-masks.sum(axis=(1, 2)), kind="stable")
     for index in by_size:
         mask = masks[index]
-        number[mask] = index + 1
+        number[mask] = coloured[index] + 1
         border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
         border[1:] |= mask[1:] != mask[:-1]
-    colours = np.concatenate([np.zeros((1, 3), np.uint8), _palette(len(masks))])[number]
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), _palette(max(coloured, default=-1) + 1)])[number]
     mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(rgb), PIL.Image.fromarray(colours), FILL))
     mixed[number == 0] = rgb[number == 0] // 2
     mixed[maximum_filter(border, round(max(border.shape) / PEN) + 1) > 0] = 255
