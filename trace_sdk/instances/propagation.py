@@ -78,7 +78,7 @@ def propagate(
 ) -> RefinedMasks:
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
+    regions = Regions(enlarge(of_piece.take(hierarchy.pieces), probability.shape))
     height, width = probability.shape
     given = [BoxedMask.of(mask) for mask in masks]
     fragments = split_masks(probability, regions, given)

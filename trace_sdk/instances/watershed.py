@@ -33,7 +33,7 @@ def watershed(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArr
     """
     basins, owners = _basins(heights, markers)
     here, there, passes = _passes(heights, basins, owners)
-    return _overflowed(owners, here, there, passes)[basins]
+    return _overflowed(owners, here, there, passes).take(basins)
 
 
 def _basins(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -53,14 +53,14 @@ def _basins(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> tuple[N
     down[marked] = root[of]
     while True:
         # Twice as far each time.
-        further = down[down]
+        further = down.take(down)
         if np.array_equal(further, down):
             break
         down = further
     ends = np.zeros(heights.size, np.bool_)
     ends[down] = True
     number = np.cumsum(ends, dtype=np.int32) - np.int32(1)
-    return number[down].reshape(heights.shape), markers.ravel()[ends]
+    return number.take(down).reshape(heights.shape), markers.ravel()[ends]
 
 
 def _passes(
