@@ -39,17 +39,17 @@ def watershed(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArr
 def _basins(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Where water runs to: the basin of each pixel, int32 [H, W] from 0, and the marker of each basin, 0 for none."""
     own = np.arange(heights.size, dtype=np.int32).reshape(heights.shape)
-    lowest, down = heights.copy(), own.copy()
+    lowest, lower_pixel = heights.copy(), own.copy()
     for here, there in _NEIGHBOURS:
         lower = heights[there] < lowest[here]
         np.copyto(lowest[here], heights[there], where=lower)
-        np.copyto(down[here], own[there], where=lower)
+        np.copyto(lower_pixel[here], own[there], where=lower)
     marked = np.flatnonzero(markers)
     of = markers.ravel()[marked]
     # A marker is one basin, whose root is any of its pixels.
     root = np.zeros(int(of.max()) + 1, np.int32)
     root[of] = marked
-    down = down.ravel()
+    down = lower_pixel.ravel()
     down[marked] = root[of]
     while True:
         # Twice as far each time.
