@@ -81,7 +81,8 @@ class Answer:
     "--edges",
     "folder",
     type=click.Path(path_type=Path),
-    help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey) or .npy; needs --threshold.",
+    help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey) or .npy, or as `trace-sdk detect` names "
+    "them; needs --threshold.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that refine.")
 @engine_options
