@@ -27,6 +27,7 @@ from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli.console import progress
 from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
+from trace_sdk.evaluation.edges import EdgeScores
 from trace_sdk.evaluation.evaluate import evaluate
 from trace_sdk.evaluation.methods import BASELINES, Engine, Method
 from trace_sdk.evaluation.report import Report, markdown_table
@@ -38,12 +39,13 @@ from trace_sdk.training.state import STATE
 
 HERE = Path(__file__).resolve().parent
 TRAINED = HERE / "weights/backbone"
-COUNTS = {"coco": 20, "ids": 20, "bsds": 40}  # images by kind of data set
+COUNT = 20  # images of each data set
 PHOTO_SIZE, SCENE_SIZE = 800, 448  # at which the recipe labels, pixels
 MIDDLE_BLOCKS = (2, 3, 4, 5, 6)
 THRESHOLDS = 33
+MISSING = "not measured"
 
-DECODER_STEPS, MORE_STEPS = 120, 20
+DECODER_STEPS, MORE_STEPS = 120, 10
 SHORT = partial(
     DistillSettings,
     steps=DECODER_STEPS + MORE_STEPS,
@@ -196,23 +198,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("datasets", nargs="+", type=Path)
+    parser.add_argument("--limit", type=int, default=COUNT, help="images of each data set")
     parser.add_argument("--images", type=Path, required=True, help="labelled photos for the students")
     parser.add_argument("--labels", type=Path, required=True, help="what `trace-sdk label` wrote for them")
-    parser.add_argument("--row", action="append", help="only rows whose name has this in it; repeatable")
+    parser.add_argument(
+        "--row", action="append", help='only what this is part of, as in "t=.2" or "trace-nano on scenes"; repeatable'
+    )
     options = parser.parse_args()
     if not (options.out / "untrained").is_dir():
         subprocess.run([sys.executable, HERE / "random_backbone.py", options.out / "untrained"], check=True)
     report = Report(THRESHOLDS)
-    sets = [open_dataset(path) for path in options.datasets]
-    sets = [dataset.first(COUNTS[dataset.kind]) for dataset in sets]
+    sets = [open_dataset(path).first(options.limit) for path in options.datasets]
     for dataset in sets:
         report.add_dataset(dataset)
     for name, make in rows(options.out, options.images, options.labels).items():
-        if options.row and not any(part in name for part in options.row):
-            report.missing[name] = "not measured"
+        asked = [one for one in sets if not options.row or any(p in f"{name} on {one.name}" for p in options.row)]
+        if not asked:
+            report.missing[name] = MISSING
             continue
         method = make()
-        for dataset in sets:
+        for dataset in asked:
             with progress(f"{name} on {dataset.name}", total=len(dataset)) as advance:
                 scores = evaluate(
                     dataset,
@@ -222,8 +227,12 @@ def main() -> None:
                     on_image=lambda image, advance=advance: advance(note=image),
                 )
             report.add(dataset, name, scores)
-            print(f"{name} | {dataset.name} | {scores.ods:.3f} | {scores.ap:.3f}", flush=True)
     write(report, options.out, sets)
+
+
+def cells(scores: EdgeScores | None) -> tuple[str, str]:
+    """ODS and AP."""
+    return (f"{scores.ods:.3f}", f"{scores.ap:.3f}") if scores else (MISSING, MISSING)
 
 
 def write(report: Report, out: Path, sets: list[Dataset]) -> None:
@@ -235,11 +244,8 @@ def write(report: Report, out: Path, sets: list[Dataset]) -> None:
     content = report.to_dict() | {"t by IEP": emergence, "student steps": steps, "student losses": found}
     write_text(out / "ablations.json", json.dumps(content, indent=2) + "\n")
     names = [f"{dataset.name}, {figure}" for dataset in sets for figure in ("ODS", "AP")]
-    lines = [
-        [name, *(f"{figure:.3f}" for dataset in sets for figure in (row[dataset.name].ods, row[dataset.name].ap))]
-        for name, row in report.rows.items()
-    ]
-    lines += [[name, reason, *[""] * (len(names) - 1)] for name, reason in report.missing.items()]
+    lines = [[name, *(cell for one in sets for cell in cells(row.get(one.name)))] for name, row in report.rows.items()]
+    lines += [[name, *[MISSING] * len(names)] for name in report.missing]
     table = "\n".join(markdown_table(["", *names], lines))
     write_text(out / "ablations.md", f"{table}\n")
     print(table)
