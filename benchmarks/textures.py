@@ -32,7 +32,7 @@ from trace_sdk.machine import commit
 
 RGB = NDArray[np.uint8]
 Edges = NDArray[np.float32]
-THRESHOLDS = {"canny": 0.92, "lab-gradient": 0.60}  # of their best ODS on coco_val (quality-trace-nano.json)
+THRESHOLDS = {"canny": 0.92, "lab-gradient": 0.60}  # of their best ODS on coco_val (quality.json)
 LONGEST = 512
 FILES = {
     "grass": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -209,6 +210,28 @@ def test_teacher_edges_write_two_maps_for_each_sample(
     assert plain.min() == 0 and plain.max() == 1
     gradient = lab_gradient(np.asarray(photo))
     assert (snapped <= gradient + 1e-6).all() and not np.allclose(snapped, gradient, atol=0.05)
+
+
+def test_ablations_measure_the_rows_asked_for_and_say_which_are_not(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = Image.open(photos / "a.png").convert("RGB")
+    ids = np.zeros((photo.height, photo.width), np.uint8)
+    ids[5:30, 5:30] = 1
+    (tmp_path / "set").mkdir()
+    photo.save(tmp_path / "set/a.png")
+    Image.fromarray(ids).save(tmp_path / "set/a.ids.png")
+    monkeypatch.syspath_prepend(RECIPE)
+    options = ("--images", tmp_path, "--labels", tmp_path, "--row", "lab-gradient", "--row", "per-head form")
+    run_script(monkeypatch, "ablations", tmp_path / "out", tmp_path / "set", *options)
+    content = json.loads((tmp_path / "out/ablations.json").read_text())
+    assert list(content["methods"]) == ["lab-gradient", "per-head form, t=.2"]
+    assert content["methods"]["lab-gradient"]["set"]["images"] == 1
+    assert "student: decoder alone" in content["not_measured"]
+    assert "| trace-nano | not measured |" in (tmp_path / "out/ablations.md").read_text()
+    (read,) = (tmp_path / "out/abdiv").rglob("a.npz")
+    with np.load(read) as kept:
+        assert (kept["abdiv"] >= 0).all() and kept["t"].tolist() == [0.2]
 
 
 def test_random_backbone_is_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,18 +107,20 @@ class _Trainer:
         answers = self._answers(images)
         with torch.no_grad():
             before = answers(self.before)
-        learner = self.training.model.train()
-        logits = learner(images)[0] if isinstance(learner, NanoStudent) else answers(learner)
+        logits = answers(self.training.model.train())
         believed = BELIEVED * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
         self.training.step(loss, self.step)
         self.step += 1
         return {"loss": loss.item()}
 
-    def _answers(self, images: Tensor) -> Callable[[nn.Module], Tensor]:
-        """Logits of a learner for these images; the backbone, if there is one, runs once for all, in bf16."""
+    def _answers(self, images: Tensor, *, pyramid: bool = False) -> Callable[[nn.Module], Tensor]:
+        """Logits of a learner for these images; the backbone, if there is one, runs once for all, in bf16.
+
+        A convolutional student learns at the one size of the images, and is calibrated as it answers, over the pyramid.
+        """
         if not isinstance(self.student, Student):
-            return lambda learner: learner.logits(images)  # type: ignore[operator]
+            return lambda learner: learner.logits(images) if pyramid else learner(images)[0]  # type: ignore[operator]
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             maps = [features.float() for features in self.student.maps(images)]
         return lambda decoder: decoder(maps, images)
@@ -143,7 +145,7 @@ class _Trainer:
         truths: list[Tensor] = []
         for step in range(batches):
             images, ridges = (x.to(self.device) for x in self.batch(CALIBRATION + step))
-            answers = self._answers(images)
+            answers = self._answers(images, pyramid=True)
             outline = ridges > 0.5
             known = outline | (answers(self.before).sigmoid() < self.student.threshold)
             probabilities.append(answers(self.training.average).sigmoid()[known])
