@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from trace_sdk.errors import DatasetError
-from trace_sdk.evaluation.instances import score_masks
+from trace_sdk.evaluation.instances import score_file, score_masks
 from trace_sdk.instances.coco import encode_mask
 
 
@@ -62,6 +65,21 @@ def test_inputs_stay_as_they_are() -> None:
     before = repr((data, found))
     score_masks(data, found)
     assert repr((data, found)) == before
+
+
+def test_a_file_may_have_categories_of_its_own(tmp_path: Path) -> None:
+    data = truth(A) | {"categories": [{"id": 6, "name": "thing"}]}
+    data["images"][0]["file_name"] = "a.png"
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("L", (100, 20)).save(tmp_path / "images/a.png")
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    found = [{**results((A, 1))[0], "category_id": 1}]
+    (tmp_path / "pred.json").write_text(json.dumps(found))
+    assert score_file(tmp_path, tmp_path / "pred.json").ap == pytest.approx(1)
+    (tmp_path / "pred.json").write_text(json.dumps([{**found[0], "segmentation": None}]))
+    with pytest.raises(DatasetError, match=r"pred.json: entry 0 \(image 1\) has no usable mask") as refused:
+        score_file(tmp_path, tmp_path / "pred.json")
+    assert "--skip-bad" not in str(refused.value)  # evaluate has no such option
 
 
 def test_bad_input() -> None:
