@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,10 +11,16 @@ from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
 
 @contextmanager
 def job_pool(job: Callable[..., Answer], workers: int) -> Iterator[Callable[..., Future[Answer]]]:
-    """A function like `job`, which a module must hold, that answers with a future."""
+    """A function like `job`, which a module must hold, that answers with a future.
+
+    Several workers compute with one thread each, unless the environment says otherwise: else those of one wait for the
+    other's. Refining with two workers on two cores then takes two fifths of the time.
+    """
     if workers == 1:
 
         def at_once(*arguments: Any) -> Future[Answer]:
@@ -23,9 +30,13 @@ def job_pool(job: Callable[..., Answer], workers: int) -> Iterator[Callable[...,
 
         yield at_once
         return
+    unset = [name for name in THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, "1"))  # workers start at their first job, and read it then
     # Forking a process that runs onnxruntime's threads can hang.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield lambda *arguments: pool.submit(job, *arguments)
     finally:
         pool.shutdown(cancel_futures=True)
+        for name in unset:
+            os.environ.pop(name, None)

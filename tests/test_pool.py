@@ -1,0 +1,27 @@
+"""Jobs in worker processes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from trace_sdk.pool import THREADS, job_pool
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "1"), ("3", "3")])
+def test_workers_compute_with_one_thread_unless_told_otherwise(
+    asked: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+        if asked:
+            monkeypatch.setenv(name, asked)
+    with job_pool(os.getenv, 2) as submit:
+        assert [submit(name).result() for name in THREADS] == [expected] * len(THREADS)
+    assert [os.getenv(name) for name in THREADS] == [asked] * len(THREADS)
+
+
+def test_one_worker_is_this_process() -> None:
+    with job_pool(os.getpid, 1) as submit:
+        assert submit().result() == os.getpid()
