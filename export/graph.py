@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
@@ -33,8 +32,9 @@ class EngineGraph(nn.Module):
         fold_normalisation(self.student)
         if half_weights:
             round_weights(self.student)
-        if not isinstance(self.student, NanoStudent):
-            fold_constants(self.student.attending if isinstance(self.student, CombinedStudent) else self.student)
+        for part in self.student.modules():
+            if isinstance(part, Student):
+                fold_constants(part)
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1

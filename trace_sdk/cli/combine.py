@@ -24,8 +24,8 @@ def command(attending: Path, looking: Path, out: Path, share: float) -> None:
     """Combine what `trace-sdk distill` and `distill-nano` (or `self-train`) wrote: the mean of their log-odds.
 
     STUDENT reads attention, of the image at half its size; NANO looks at the image itself. So the size is twice that
-    of STUDENT, and an answer takes little more time. The threshold lies between theirs. To
-    train further, train the two and combine them again.
+    of STUDENT, and an answer takes little more time. The threshold lies between theirs. To train further, train the
+    two and combine them again.
 
     \b
       trace-sdk combine runs/student runs/nano -o runs/both

@@ -131,21 +131,15 @@ def _predicted(masks: Path | None, photos: tuple[str, ...], annotations: Path | 
 def _mask_pictures(edges: EdgeMap, image: Any, file: Path, threshold: float | None) -> list[tuple[str, Image]]:
     import numpy as np
 
-    from trace_sdk.instances.predictions import decode_entries
+    from trace_sdk.instances.predictions import decode_entries, refine_entries
     from trace_sdk.instances.result import paint_masks
 
     height, width = edges.probability.shape
     decoded = decode_entries(image, height, width, file, say_error) if image is not None else []
     given = np.array([mask for _, mask in decoded], np.bool_).reshape(-1, height, width)
     crowds = [place for place, (entry, _) in enumerate(decoded) if entry.get("iscrowd")]
-    by_category: dict[Any, list[int]] = {}
-    for place, (entry, _) in enumerate(decoded):
-        if not entry.get("iscrowd"):
-            by_category.setdefault(entry.get("category_id"), []).append(place)
     after, numbers = [given[crowds]], list(crowds)
-    for places in by_category.values():
-        scores = [decoded[place][0].get("score", 1.0) for place in places]
-        found = edges.refine(given[places], scores, threshold=threshold)
+    for places, found in refine_entries(edges, decoded, threshold):
         after.append(found.masks)
         # A refined mask keeps the colour of the mask it came from.
         numbers += [places[sources[0]] for sources in found.sources]

@@ -271,21 +271,16 @@ def _refine(
     threshold: float | None,
 ) -> list[dict[str, Any]]:
     """Results of one image, category by category, crowd regions first."""
-    import numpy as np
-
     from trace_sdk.instances.coco import as_result, encode_mask
+    from trace_sdk.instances.predictions import refine_entries
 
     results = [
         as_result(image.id, entry.get("category_id"), encode_mask(mask), entry.get("score", 1.0), crowd=True)
         for entry, mask in decoded
         if entry.get("iscrowd")
     ]
-    things = [(entry, mask) for entry, mask in decoded if not entry.get("iscrowd")]
-    for category in dict.fromkeys(entry.get("category_id") for entry, _ in things):
-        own = [(entry, mask) for entry, mask in things if entry.get("category_id") == category]
-        found = edges.refine(
-            np.stack([mask for _, mask in own]), [entry.get("score", 1.0) for entry, _ in own], threshold=threshold
-        )
+    for places, found in refine_entries(edges, decoded, threshold):
+        category = decoded[places[0]][0].get("category_id")
         results += [
             as_result(image.id, category, rle, score) for rle, score in zip(found.to_coco(), found.scores, strict=True)
         ]

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.instances.coco import decode_mask
+
+if TYPE_CHECKING:
+    from trace_sdk.edge_map import EdgeMap
+    from trace_sdk.instances.propagation import RefinedMasks
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _BEYOND = 1.0  # how far polygons may reach over the rim, pixels: tools round differently
@@ -158,6 +162,25 @@ def _listed(named: dict[str, Any] | None, source: Path, on_bad: OnBad) -> dict[A
         else:
             listed[image["id"]] = image
     return listed
+
+
+def refine_entries(
+    edges: EdgeMap, decoded: Sequence[tuple[dict[str, Any], NDArray[np.bool_]]], threshold: float | None
+) -> Iterator[tuple[list[int], RefinedMasks]]:
+    """The masks of each category refined, with their places in `decoded`; crowd regions stay as they are.
+
+    Args:
+        decoded: see `decode_entries`. threshold: of the edges that separate, None for the engine's own.
+    """
+    by_category: dict[Any, list[int]] = {}
+    for place, (entry, _) in enumerate(decoded):
+        if not entry.get("iscrowd"):
+            by_category.setdefault(entry.get("category_id"), []).append(place)
+    for places in by_category.values():
+        masks, scores = zip(
+            *((decoded[place][1], decoded[place][0].get("score", 1.0)) for place in places), strict=True
+        )
+        yield places, edges.refine(np.stack(masks), scores, threshold=threshold)
 
 
 def _grouped(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.backbone import StudentBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.network_input import padded_length
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 
@@ -45,7 +46,7 @@ class CombinedStudent(nn.Module):
         self.threshold = float(thresholds[0].lerp(thresholds[1], share).sigmoid())
         self.multiple_of = math.lcm(SMALLER * attending.multiple_of, looking.multiple_of)
         least = max(SMALLER * attending.min_size, looking.min_size)
-        self.min_size = -(-least // self.multiple_of) * self.multiple_of
+        self.min_size = padded_length(least, self.multiple_of, self.multiple_of)
         self.default_size = SMALLER * attending.default_size // self.multiple_of * self.multiple_of
         self.max_size = SMALLER * attending.max_size // self.multiple_of * self.multiple_of
 
