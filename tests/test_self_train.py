@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.student.self_train import SelfTrainSettings, self_train
+from trace_sdk.training.averaged import AveragedTraining
 
 SHORT = SelfTrainSettings(steps=4, crops=2, size=64)
 
@@ -155,6 +157,52 @@ def test_of_a_student_with_a_backbone_the_decoder_learns_alone(
     start, better = open_student(tmp_path / "start").state_dict(), open_student(tmp_path / "better").state_dict()
     changed = {name for name, value in start.items() if not torch.equal(value, better[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
+
+
+def test_with_lora_attention_learns_too_and_a_cut_run_ends_the_same(
+    tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path
+) -> None:
+    def stop(step: int, _: object) -> None:
+        if step == 2:
+            raise Stop
+
+    torch.manual_seed(0)
+    Student(tiny_backbone, blocks=[0]).save(tmp_path / "start", {})
+    scenes, settings = OwnScenes([plain], cutouts, 0), replace(SHORT, lora_rank=4, learning_rate=1e-1)
+    terms: list[dict[str, float]] = []
+    self_train(
+        open_student(tmp_path / "start"),
+        scenes,
+        tmp_path / "whole",
+        settings,
+        report=lambda _, losses: terms.append(losses),
+    )
+    with pytest.raises(Stop):
+        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", settings, save_seconds=0, report=stop)
+    self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", settings)
+    start, whole, cut = (open_student(tmp_path / name).state_dict() for name in ("start", "whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    changed = {name for name, value in start.items() if not torch.equal(value, whole[name])}
+    attention = {name for name in changed if not name.startswith("decoder.")}
+    assert attention and all(name.endswith(("to_q.weight", "to_k.weight", "to_v.weight")) for name in attention)
+    assert changed > attention
+    assert len(terms) == 4 and all(term["reconstruction"] > 0 for term in terms)
+
+
+def test_lora_needs_a_backbone(plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="LoRA rank of 4 does not suit"):
+        self_train(NanoStudent(), OwnScenes([plain], cutouts, 0), tmp_path, replace(SHORT, lora_rank=4))
+
+
+def test_what_was_trained_before_learns_at_a_tenth_of_the_rate() -> None:
+    model = torch.nn.Linear(3, 1)
+    before = copy.deepcopy(model)
+    training = AveragedTraining(model, 1e-3, steps=10, careful=[model.bias])
+    training.step(model(torch.ones(1, 3)).sum(), 200)
+    moved = (before.weight - model.weight).abs().mean(), (before.bias - model.bias).abs().mean()
+    assert float((moved[0] / moved[1]).detach()) == pytest.approx(
+        10, rel=0.2
+    )  # weight decay adds a little to the first
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"crops": 1}, {"size": 100}, {"size": 0}])

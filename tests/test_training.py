@@ -96,6 +96,16 @@ def test_cut_pretraining_ends_with_the_same_weights(photos: Path, tmp_path: Path
     assert [float(line.split(",")[1]) for line in curves[0].splitlines()[1:]] == pytest.approx(losses, rel=1e-5)
 
 
+def test_worker_processes_change_no_batch(photos: Path, cutouts: Path, tmp_path: Path) -> None:
+    images = TrainingImages([photos], cutouts, None, seed=0)
+    pretrain(images, tmp_path / "thread", TINY)
+    pretrain(images, tmp_path / "processes", TINY, workers=2)
+    expected, found = weights(tmp_path / "thread"), weights(tmp_path / "processes")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    with pytest.raises(ArgumentError, match="workers must be at least 0, got -1"):
+        pretrain(images, tmp_path / "none", TINY, workers=-1)
+
+
 def test_pretraining_learns(photos: Path, tmp_path: Path) -> None:
     settings = PretrainSettings(**{**TINY.__dict__, "steps": 60, "warmup": 5})
     losses: list[float] = []

@@ -133,6 +133,11 @@ class PixelBackbone(Placed):
         """It is a graph for any size as it is."""
         return nullcontext()
 
+    def compile_blocks(self) -> None:
+        """Compile one block for all, for training: the tap is let go, so that no attention can be shown any more."""
+        self._calls.release()
+        self.denoiser.compile_repeated_blocks(dynamic=False)
+
     def encode(self, images: Tensor) -> Tensor:
         """X_0 is the image itself."""
         return images

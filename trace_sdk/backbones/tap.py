@@ -61,15 +61,21 @@ class AttentionCalls:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.running: nn.Module | None = None
         self._numbers: dict[nn.Module, int] = {}
+        self._hooks = []
         for module in modules:  # by bound methods, so that a copied model gets a copy of this
-            module.register_forward_pre_hook(self._enter)
-            module.register_forward_hook(self._leave, always_call=True)
+            self._hooks.append(module.register_forward_pre_hook(self._enter))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.running = module
 
     def _leave(self, *_: Any) -> None:
         self.running = None
+
+    def release(self) -> None:
+        """Watch no more: torch.compile takes hooked modules for different programs, though they are alike."""
+        for hook in self._hooks:
+            hook.remove()
 
     def number(self) -> int:
         """Of the module that is attending."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import block_option, crop_options, torch_device_option
+from trace_sdk.cli.options import block_option, crop_options, torch_device_option, workers_option
 
 
 @click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
@@ -63,6 +63,7 @@ from trace_sdk.cli.options import block_option, crop_options, torch_device_optio
 @click.option("--checkpointing", is_flag=True, help="Compute activations again rather than keep them: less memory.")
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Of the decoder; LoRA takes a tenth.")
 @click.option("--seed", default=0, show_default=True)
+@workers_option
 @torch_device_option
 def command(
     images: tuple[str, ...],
@@ -83,6 +84,7 @@ def command(
     checkpointing: bool,
     learning_rate: float,
     seed: int,
+    workers: int,
     device: str,
 ) -> None:
     """Distil the teacher into backbone + LoRA + decoder that answers in one pass at t = 0.
@@ -140,6 +142,7 @@ def command(
             settings,
             held_out=held_out,
             device=own_device,
+            workers=workers,
             report=lambda step, losses: (
                 advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())) if advance else None
             ),

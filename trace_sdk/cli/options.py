@@ -52,6 +52,17 @@ def torch_device_option(command: Command) -> Command:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
+def workers_option(command: Command) -> Command:
+    """`workers`, processes that prepare batches."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Processes that prepare batches; 0 is one thread. For a GPU, about one a core.",
+    )(command)
+
+
 def block_option(what: str) -> Callable[[Command], Command]:
     """`blocks`, numbers of self-attention blocks; `what` they are for."""
     return click.option("--block", "blocks", multiple=True, type=int, help=what)

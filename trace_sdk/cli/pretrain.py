@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import crop_options, torch_device_option
+from trace_sdk.cli.options import crop_options, torch_device_option, workers_option
 
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
@@ -35,6 +35,7 @@ from trace_sdk.cli.options import crop_options, torch_device_option
 @click.option("--warmup", default=300, show_default=True, help="Steps of linear warm-up.")
 @click.option("--ema", default=0.999, show_default=True, help="How long the averaged weights remember.")
 @click.option("--seed", default=0, show_default=True)
+@workers_option
 @torch_device_option
 def command(
     photos: tuple[Path, ...],
@@ -52,6 +53,7 @@ def command(
     warmup: int,
     ema: float,
     seed: int,
+    workers: int,
     device: str,
 ) -> None:
     """Train a pixel diffusion backbone on the photos below PHOTOS. No annotations are read.
@@ -91,6 +93,7 @@ def command(
             settings,
             start=start,
             device=torch_device(device),
+            workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )
     output.print(f"Backbone written to {out}")

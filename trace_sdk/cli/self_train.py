@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import torch_device_option
+from trace_sdk.cli.options import torch_device_option, workers_option
 
 
 @click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
@@ -20,8 +20,12 @@ from trace_sdk.cli.options import torch_device_option
 @click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
 @click.option("--crops", default=8, show_default=True, help="Scenes a step.")
 @click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
-@click.option("--learning-rate", default=2e-3, show_default=True)
+@click.option(
+    "--lora-rank", default=0, show_default=True, help="LoRA on the backbone, which then learns too; 0 leaves it alone."
+)
+@click.option("--learning-rate", default=2e-3, show_default=True, help="LoRA takes a tenth.")
 @click.option("--seed", default=0, show_default=True)
+@workers_option
 @torch_device_option
 def command(
     student: Path,
@@ -31,15 +35,17 @@ def command(
     steps: int,
     crops: int,
     size: int,
+    lora_rank: int,
     learning_rate: float,
     seed: int,
+    workers: int,
     device: str,
 ) -> None:
     """Train STUDENT on scenes composed of what its edges cut out, over the PHOTOS (folders).
 
     No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. A third of the scenes
-    has random shapes of the photos instead. Of a student with a backbone, the decoder learns alone. The state is saved
-    every two minutes and on Ctrl-C: run the same command again to go on.
+    has random shapes of the photos instead. Of a student with a backbone the decoder learns, with --lora-rank the
+    backbone too. The state is saved every two minutes and on Ctrl-C: run the same command again to go on.
 
     \b
       trace-sdk export runs/nano -o first.onnx
@@ -54,7 +60,9 @@ def command(
     from trace_sdk.student.self_train import SelfTrainSettings, self_train
     from trace_sdk.training.state import steps_done
 
-    settings = SelfTrainSettings(steps=steps, crops=crops, size=size, learning_rate=learning_rate, seed=seed)
+    settings = SelfTrainSettings(
+        steps=steps, crops=crops, size=size, lora_rank=lora_rank, learning_rate=learning_rate, seed=seed
+    )
     scenes = OwnScenes(list(photos), cutouts, seed)
     with progress("self-train", total=steps, done=steps_done(out)) as advance:
         self_train(
@@ -63,6 +71,7 @@ def command(
             out,
             settings,
             device=torch_device(device),
+            workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
         )
     output.print(f"Student written to {out}")

@@ -66,6 +66,7 @@ def pretrain(
     start: Path | None = None,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
+    workers: int = 0,
     report: Report = lambda step, losses: None,
 ) -> PixelBackbone:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
@@ -76,6 +77,7 @@ def pretrain(
             own format.
         start: folder of weights to start a new run from.
         save_seconds: how often the state is saved.
+        workers: processes that prepare batches, see `train_until`.
         report: called after each step with the steps done and {"loss": …}.
 
     Returns:
@@ -87,7 +89,7 @@ def pretrain(
     """
     settings.check()
     trainer = _Trainer(images, settings, start, device)
-    train_until(settings.steps, trainer, out, save_seconds, report)
+    train_until(settings.steps, trainer, out, save_seconds, report, workers)
     trainer.average.save(out)
     return trainer.average
 
@@ -112,21 +114,21 @@ class _Trainer:
         self.model = model.to(self.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = _optimizers(self.model, settings)
-        self.denoise = torch.compile(self.model, dynamic=False)
+        self.model.compile_blocks()
 
     def batch(self, step: int) -> Tensor:
-        """float [B, 3, S, S] in [−1, 1]."""
+        """uint8 [B, S, S, 3]."""
         generator = step_generator(self.settings.seed, step)
         count, size = draw_crops(self.settings.sizes, self.settings.tokens, generator)
-        return torch.from_numpy(self.images.batch(step, count, size)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(self.images.batch(step, count, size))
 
     def train(self, batch: Tensor) -> dict[str, float]:
-        x = batch.to(self.device)
-        generator = step_generator(self.settings.seed, self.step + 1)
-        t = sample_timesteps(len(x), generator).to(self.device)
-        noise = torch.randn(x.shape, generator=generator).to(self.device)
+        x = batch.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        generator = step_generator(self.settings.seed, self.step + 1, self.device)
+        t = sample_timesteps(len(x), generator)
+        noise = torch.randn(x.shape, generator=generator, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            prediction = self.denoise(self.model.noising.add_noise(x, noise, t), t)
+            prediction = self.model(self.model.noising.add_noise(x, noise, t), t)
         loss = flow_matching_loss(prediction.float(), x, t)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -139,8 +141,7 @@ class _Trainer:
         with torch.no_grad():
             # A short memory at first, or the average would stay at the first weights.
             keep = min(self.settings.ema, (self.step + 1) / (self.step + 10))
-            for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                average.lerp_(value, 1 - keep)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
         return {"loss": loss.item()}
 
     def save(self, file: Path) -> None:
@@ -164,10 +165,11 @@ class _Trainer:
 
 
 def sample_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """t in (0, 1): logit-normal(−0.1, 1.1), 15 % uniform; [count]."""
-    t = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 - 0.1)
-    uniform = torch.rand(count, generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < 0.15, uniform, t)
+    """t in (0, 1): logit-normal(−0.1, 1.1), 15 % uniform; [count], on the generator's device."""
+    device = generator.device
+    t = torch.sigmoid(torch.randn(count, generator=generator, device=device) * 1.1 - 0.1)
+    uniform = torch.rand(count, generator=generator, device=device)
+    return torch.where(torch.rand(count, generator=generator, device=device) < 0.15, uniform, t)
 
 
 def flow_matching_loss(prediction: Tensor, images: Tensor, t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def random_crop(rng: np.random.Generator, photo: Image.Image, size: int) -> RGB:
 
 def load_cutouts(folder: Path) -> list[Image.Image]:
     """A folder of RGBA cut-outs, with straight alpha. Raises DatasetError if one has no transparency."""
-    return [open_cutout(file) for file in list_photos([folder])]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(open_cutout, list_photos([folder])))
 
 
 def open_cutout(file: Path) -> Image.Image:

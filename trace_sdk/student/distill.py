@@ -103,6 +103,7 @@ def distill(
     held_out: LabelledImages | None = None,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
+    workers: int = 0,
     report: Report = lambda step, losses: None,
 ) -> Student:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
@@ -115,6 +116,7 @@ def distill(
             score on them: its edges' F-measure against the snapped labels at the best threshold. What it saw and
             answered at each of these steps is drawn in `validation/`.
         save_seconds: how often the state is saved.
+        workers: processes that prepare batches, see `train_until`.
         report: called after each step with the steps done and the loss terms.
 
     Returns:
@@ -126,7 +128,7 @@ def distill(
     """
     settings.check()
     trainer = _Trainer(backbone, images, settings, join_processes(torch.device(device)), out, held_out)
-    train_until(settings.steps, trainer, out, save_seconds, report)
+    train_until(settings.steps, trainer, out, save_seconds, report, workers)
     about: dict[str, Any] = {"distilled_steps": trainer.step, "settings": asdict(settings)}
     if held_out:
         about |= trainer.take_best()

@@ -22,6 +22,7 @@ from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
 from trace_sdk.student.folder import AnyStudent
+from trace_sdk.student.losses import reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
@@ -40,11 +41,14 @@ class SelfTrainSettings:
     Attributes:
         steps: optimizer steps in all.
         crops: scenes a step. size: their side in pixels, a multiple of what the student's sides are multiples of.
+        lora_rank: of LoRA on the backbone, if the student has one, which then learns with the decoder; 0 leaves it as
+            it is.
     """
 
     steps: int = 1500
     crops: int = 8
     size: int = 224
+    lora_rank: int = 0
     learning_rate: float = 2e-3
     seed: int = 0
 
@@ -57,18 +61,21 @@ def self_train(
     *,
     device: torch.device | str = "cpu",
     save_seconds: float = 120,
+    workers: int = 0,
     report: Report = lambda step, losses: None,
 ) -> AnyStudent:
     """Train until `settings.steps`, going on from `out` if a run was cut there.
 
-    Of a student with a backbone the decoder learns alone. The threshold is chosen on scenes that were not learnt from.
+    Of a student with a backbone the decoder learns, and LoRA if it is asked for. The threshold is chosen on scenes that
+    were not learnt from.
 
     Args:
         student: where to start.
         out: folder for the state and the finished student.
+        workers: processes that prepare scenes, see `train_until`.
 
     Raises:
-        ArgumentError: a setting is out of range, or `out` holds a run of another shape.
+        ArgumentError: a setting is out of range or does not suit the student, or `out` holds a run of another shape.
         CheckpointError: the state in `out` cannot be read.
     """
     step = student.multiple_of
@@ -79,24 +86,40 @@ def self_train(
         )
     if isinstance(student, CombinedStudent):
         raise ArgumentError("A combined student does not train itself: train its parts, then combine them.")
+    if settings.lora_rank < 0 or (settings.lora_rank and not isinstance(student, Student)):
+        raise ArgumentError(
+            f"A LoRA rank of {settings.lora_rank} does not suit this student: it is ≥ 0, and 0 without a backbone."
+        )
     trainer = _Trainer(student.to(device), scenes, settings, device)
-    train_until(settings.steps, trainer, out, save_seconds, report)
+    train_until(settings.steps, trainer, out, save_seconds, report, workers)
     better = trainer.finished()
     better.save(out, {"self_trained_steps": trainer.step, "settings": asdict(settings)})
     return better
 
 
 class _Trainer:
-    """What learns: all of a convolutional student, the decoder of one with a backbone; as it was and as it becomes."""
+    """What learns: all of a convolutional student; the decoder of one with a backbone, or all with LoRA.
+
+    As it was and as it becomes.
+    """
 
     def __init__(
         self, student: Student | NanoStudent, scenes: OwnScenes, settings: SelfTrainSettings, device: torch.device | str
     ) -> None:
+        torch.manual_seed(settings.seed)
         self.student, self.scenes, self.settings = student, scenes, settings
         self.device, self.step = torch.device(device), 0
-        learner: nn.Module = student.decoder if isinstance(student, Student) else student
+        learner: nn.Module = student
+        if isinstance(student, Student) and not settings.lora_rank:
+            learner = student.decoder
         self.before = copy.deepcopy(learner).eval().requires_grad_(False)
-        self.training = AveragedTraining(learner.requires_grad_(True), settings.learning_rate, settings.steps)
+        careful: list[Tensor] = []
+        learner.requires_grad_(True)
+        if isinstance(student, Student) and settings.lora_rank:
+            student.add_lora(settings.lora_rank)
+            student.to(self.device)
+            careful = [value for value in student.backbone.denoiser.parameters() if value.requires_grad]
+        self.training = AveragedTraining(learner, settings.learning_rate, settings.steps, careful)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         images, ridges = self.scenes.batch(step, self.settings.crops, self.settings.size)
@@ -107,29 +130,48 @@ class _Trainer:
         answers = self._answers(images)
         with torch.no_grad():
             before = answers(self.before)
+        self.rebuilt = torch.zeros((), device=self.device)
         logits = answers(self.training.model.train())
         believed = BELIEVED * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
-        self.training.step(loss, self.step)
+        self.training.step(loss + self.rebuilt, self.step)
         self.step += 1
-        return {"loss": loss.item()}
+        terms = {"loss": loss.item()}
+        return terms | {"reconstruction": self.rebuilt.item()} if self.settings.lora_rank else terms
 
     def _answers(self, images: Tensor, *, pyramid: bool = False) -> Callable[[nn.Module], Tensor]:
-        """Logits of a learner for these images; the backbone, if there is one, runs once for all, in bf16.
+        """Logits of a learner for these images; a backbone that stands still runs once for all, in bf16.
 
         A convolutional student learns at the one size of the images, and is calibrated as it answers, over the pyramid.
         """
         if not isinstance(self.student, Student):
             return lambda learner: learner.logits(images) if pyramid else learner(images)[0]  # type: ignore[operator]
+        if self.settings.lora_rank:
+            return lambda learner: self._attend(learner, images)  # type: ignore[arg-type]
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             maps = [features.float() for features in self.student.maps(images)]
         return lambda decoder: decoder(maps, images)
+
+    def _attend(self, student: Student, images: Tensor) -> Tensor:
+        """Logits; of a student that learns with its LoRA, `rebuilt` becomes ‖I − Î‖²."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            if student.training:
+                clean = student.encode(images)
+                maps, answer = student.features(clean)
+                self.rebuilt = reconstruction_loss(answer, student.reconstruction_target(clean, None))
+            else:
+                maps = student.maps(images)
+        logits: Tensor = student.decoder([features.float() for features in maps], images)
+        return logits
 
     def finished(self) -> Student | NanoStudent:
         """The student with the averaged weights, and a threshold for them."""
         threshold, average = self.calibrate(), self.training.average
         if isinstance(self.student, Student) and isinstance(average, EdgeDecoder):
             self.student.decoder = average
+        elif isinstance(average, Student):
+            average.merge_lora()
+            self.student = average
         elif isinstance(average, NanoStudent):
             self.student = average
         self.student.threshold = threshold
@@ -156,4 +198,4 @@ class _Trainer:
         self.training.save(file, self.step, asdict(self.settings))
 
     def restore(self, file: Path) -> None:
-        self.step = self.training.restore(file, asdict(self.settings), ("crops", "size", "seed"))
+        self.step = self.training.restore(file, asdict(self.settings), ("crops", "size", "lora_rank", "seed"))

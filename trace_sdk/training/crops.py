@@ -20,9 +20,9 @@ def check_crops(sizes: tuple[int, ...], tokens: int, multiple_of: int = PATCH, m
         raise ArgumentError(f"{tokens} tokens a step hold no crop of {max(sizes)} px; raise --tokens.")
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of one step: the same whether or not the run was cut before it."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 def draw_crops(sizes: tuple[int, ...], tokens: int, generator: torch.Generator) -> tuple[int, int]:

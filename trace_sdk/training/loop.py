@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from torch.utils.data import DataLoader, Dataset
+
+from trace_sdk.errors import ArgumentError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
 from trace_sdk.training.state import STATE
@@ -36,12 +40,22 @@ class Trainer(Protocol[Batch]):
         """Read what `save` wrote."""
 
 
-def train_until(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report) -> None:
+def train_until(
+    steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report, workers: int = 0
+) -> None:
     """Train until `steps` are done, going on from the state in `out` if a run was cut there.
 
     The state and the curves (`curves.csv`, drawn in `curves.png` when it ends) are saved every `save_seconds`, on
     Ctrl-C and at the end, by process 0 alone where several train as one.
+
+    Args:
+        workers: processes that prepare batches; 0 prepares the next one in a thread, enough for a CPU's pace.
+
+    Raises:
+        ArgumentError: `workers` is negative.
     """
+    if workers < 0:
+        raise ArgumentError(f"workers must be at least 0, got {workers}.")
     file, history = out / STATE, History(out)
     if file.is_file():
         trainer.restore(file)
@@ -53,21 +67,56 @@ def train_until(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: fl
             history.save()
 
     saved = time.monotonic()
-    with ThreadPoolExecutor(1) as loader:
-        upcoming = loader.submit(trainer.batch, trainer.step)
-        try:
-            while trainer.step < steps:
-                batch = upcoming.result()
-                upcoming = loader.submit(trainer.batch, trainer.step + 1)
-                losses = trainer.train(batch)
-                history.add(trainer.step, losses)
-                report(trainer.step, losses)
-                if time.monotonic() - saved >= save_seconds:
-                    save()
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            save()
-            raise
+    try:
+        for batch in batches_ahead(trainer, steps, workers):
+            losses = trainer.train(batch)
+            history.add(trainer.step, losses)
+            report(trainer.step, losses)
+            if time.monotonic() - saved >= save_seconds:
+                save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        save()
+        raise
     save()
     if process_index() == 0:
         history.plot()
+
+
+def batches_ahead(trainer: Trainer[Batch], steps: int, workers: int) -> Iterator[Batch]:
+    """Every batch from the trainer's step up to `steps`, prepared while the ones before are learnt from."""
+    if workers:
+        # Forked, so that photos, labels and cut-outs that were read before are shared rather than sent.
+        yield from DataLoader(
+            _Batches(trainer.batch, steps),
+            batch_size=None,
+            sampler=range(trainer.step, steps),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context="fork",
+        )
+        return
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(trainer.batch, trainer.step)
+        for step in range(trainer.step, steps):
+            batch = upcoming.result()
+            upcoming = loader.submit(trainer.batch, step + 1)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Any]):
+    """The batches by number, as worker processes ask for them."""
+
+    batch: Callable[[int], Any]
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batch(step)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
