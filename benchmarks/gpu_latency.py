@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_latency.py sd15:torch:512 sd15:torch.compile:512 trace-small:onnxruntime:448
 
-Each task is WHAT:RUNTIME:SIZE. WHAT is an engine (a bundled name, a file, a student's folder), or "sd15" or "sd35-large":
-a student of that size with random weights, which answers nothing of use but costs what a trained one does. SIZE is the
-side of the one square that photos are padded to, which the runtime prepares itself for. Writes gpu-latency.json and .md
-after each task; one that fails is told and left out.
+Each task is WHAT:RUNTIME:SIZE. WHAT is an engine (a bundled name, a file, a student's folder), or "sd15" or
+"sd35-large": a student of that size with random weights, which answers nothing of use but costs what a trained one
+does. SIZE is the side of the one square that photos are padded to, which the runtime prepares itself for. Writes
+gpu-latency.json and .md after each task; one that fails is told and left out.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"A photo's bytes in → edges out, batch 1, {result['device']}.",
         "",
-        "| task | p50 ms | p90 | p99 | decode | resize | network | resize back | CUDA graphs | precision | ready after, s |",
+        "| task | p50 ms | p90 | p99 | decode | resize | network | resize back | graphs | precision | ready after, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:

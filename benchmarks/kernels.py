@@ -365,7 +365,7 @@ def main() -> int:
     parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, help="timed runs of each way; 100 on CUDA, 10 on a CPU")
     parser.add_argument("--case", action="append", help="only this layer; repeatable")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes longest to start")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to start")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     if not is_there(options.device):

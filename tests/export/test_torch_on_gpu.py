@@ -59,7 +59,8 @@ def test_what_bears_16_bits_gets_them(latent_student: Student, monkeypatch: pyte
     with torch.no_grad():
         exact = graph(image)
     assert torch_gpu.lower(graph) == ("fp16", "")
-    assert graph.student.backbone.dtype == torch.float16 and graph.student.decoder.residual.weight.dtype == torch.float32
+    assert graph.student.backbone.dtype == torch.float16
+    assert graph.student.decoder.residual.weight.dtype == torch.float32
     with torch.no_grad():
         lowered = graph(image)
     assert 0 < (lowered - exact).abs().mean() < torch_gpu.LIMIT

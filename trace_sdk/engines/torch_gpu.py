@@ -23,10 +23,10 @@ RUNS_BEFORE = 2  # a CUDA graph is captured: libraries choose and allocate in th
 
 
 def lower(graph: EngineGraph) -> tuple[str, str]:
-    """Put the denoiser, and the VAE too if it bears it, into fp16; in place, also for a student that shares the weights.
+    """Put the denoiser and the VAE into fp16; in place, also for a student that shares the weights.
 
-    Both are measured on a picture: what changes the answer by more than LIMIT, or overflows, goes back to float32, which
-    loses nothing, since students are stored in fp16.
+    Both are measured on a picture: what changes the answer by more than LIMIT, or overflows, goes back to float32,
+    which loses nothing, since students are stored in fp16.
 
     Returns:
         The precision, "fp16" or "fp32", and a word on what it is of.
