@@ -146,7 +146,9 @@ class TorchEngine:
             from trace_sdk.export.graph import without_python
 
             image = pixels.clone()
-            program = self._plain if self._plain.student.no_graph else without_python(self._plain, image)
+            program: Callable[[Any], Any] = self._plain
+            if not self._plain.student.no_graph:
+                program = without_python(self._plain, image)
             if self._compiled:
                 program = self._torch.compile(program, dynamic=False)
             program(image)  # what it cannot do at all is no matter of the capture

@@ -72,7 +72,7 @@ class Captured:
         import torch
 
         self._image = image
-        stream = torch.cuda.Stream(image.device)
+        stream = torch.cuda.Stream(image.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(image.device))
         with torch.cuda.stream(stream):
             for _ in range(RUNS_BEFORE):
