@@ -4,8 +4,8 @@
     python benchmarks/teacher.py --device cpu         the backbone of trace-small at 512 px
 
 Full-size models with random weights, null prompt, the paper's schedule of ten timesteps and one more pass at t*.
-Ours must agree with hooks in float32 before they are timed (those that are timed compute in the model's dtype). Memory is
-what a run takes beyond the model. Writes teacher-<device>.json and .md into benchmarks/results/.
+Ours must agree with hooks in float32 before they are timed (those that are timed compute in the model's dtype). Memory
+is what a run takes beyond the model. Writes teacher-<device>.json and .md into benchmarks/results/.
 """
 
 from __future__ import annotations
