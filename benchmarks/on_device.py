@@ -43,11 +43,15 @@ def measured_on(device: str, packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def keep(result: dict[str, Any], table: str, folder: Path, name: str) -> None:
-    """Write NAME.json and, with its table, NAME.md; print the table."""
+def keep(result: dict[str, Any], table: str, folder: Path, name: str, *, show: bool = True) -> None:
+    """Write NAME.json and, with its table, NAME.md; print the table.
+
+    What is kept after each part, not shown yet, is there if the rest is cut short.
+    """
     write_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
     write_text(folder / f"{name}.md", table)
-    print(table)
+    if show:
+        print(table)
 
 
 def name_of(device: str) -> str:
@@ -58,8 +62,13 @@ def name_of(device: str) -> str:
 
 
 def peak_on_cuda(run: Callable[[], object]) -> float:
-    """MiB that one run allocates at its peak beyond what is there already."""
+    """MiB that one run allocates at its peak beyond what is there already; it runs once before."""
     run()
+    return peak_of_one(run)
+
+
+def peak_of_one(run: Callable[[], object]) -> float:
+    """The same of the first run."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +24,13 @@ class EngineGraph(nn.Module):
     """`image` uint8 [B, H, W, 3] RGB → `edge_probability` float32 [B, H, W] in [0, 1].
 
     The student passed in is not changed; weights that stay as they are, are shared with it. They may be rounded to fp16
-    first, so that storing them in fp16 loses nothing more.
+    first, so that storing them in fp16 loses nothing more. `share_softmax` pays where there is no fused attention; see
+    `SelfAttentionTap`.
     """
 
-    def __init__(self, student: AnyStudent, *, half_weights: bool) -> None:
+    def __init__(self, student: AnyStudent, *, half_weights: bool, share_softmax: bool = True) -> None:
         super().__init__()
+        self.share_softmax = share_softmax
         shared = {id(value): value for value in [*student.parameters(), *student.buffers()]}
         self.student = copy.deepcopy(student, shared).eval()
         fold_normalisation(self.student)
@@ -40,7 +44,18 @@ class EngineGraph(nn.Module):
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
         if isinstance(self.student, NanoStudent):
             return self.student.logits(pixels).sigmoid()
-        return self.student.logits(pixels, share_softmax=True).sigmoid()
+        return self.student.logits(pixels, share_softmax=self.share_softmax).sigmoid()
+
+
+def without_python(graph: EngineGraph, image: Tensor) -> nn.Module:
+    """The graph for inputs like this one as one program of tensor operations: no hook, tap or check runs any more.
+
+    torch.compile makes one piece of it, and a CUDA graph can hold it.
+    """
+    backbone = getattr(graph.student, "backbone", None)
+    with torch.no_grad(), warnings.catch_warnings(), backbone.as_graph() if backbone else nullcontext():
+        warnings.simplefilter("ignore")
+        return torch.export.export(graph, (image,), strict=False).module()
 
 
 def round_weights(model: nn.Module) -> None:

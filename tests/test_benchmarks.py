@@ -12,7 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.student.model import Student
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,6 +30,7 @@ def script(file: str, name: str) -> ModuleType:
 
 on_device = script("on_device.py", "on_device")  # by this name the scripts import it
 kernels, teacher = script("kernels.py", "benchmark_kernels"), script("teacher.py", "benchmark_teacher")
+latency = script("gpu_latency.py", "benchmark_gpu_latency")
 TINY = kernels.Case("tiny", (16, 16), 2, 16, text=3)
 PEAKS = kernels.Peaks(flops=1e9, exponentials=1e8, bandwidth=1e9)
 
@@ -99,3 +102,28 @@ def test_hooks_and_kernels_agree_on_the_teacher(tmp_path: Path, monkeypatch: pyt
     assert [row["way"] for row in result["rows"]] == ["model alone", "hooks", "kernels"]
     assert 0 < result["rows"][1]["disagreement"] < 1e-2
     assert "| kernels |" in (tmp_path / "teacher-cpu.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "denoiser", "grid"), [("sd15", 859_520_964, 128), ("sd35-large", 8_056_627_520, 64)])
+def test_random_students_have_the_published_sizes(name: str, denoiser: int, grid: int) -> None:
+    with torch.device("meta"):
+        student = latency.RANDOM[name]("meta")
+    assert sum(value.numel() for value in student.backbone.denoiser.parameters()) == denoiser
+    assert student.backbone.token_grid((1024, 1024)) == (grid, grid) and student.max_size == 1024
+
+
+def test_latency_of_tasks_that_work_and_of_one_that_does_not(
+    tiny_backbone: PixelBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(latency.RANDOM, "sd15", lambda device: Student(tiny_backbone))
+    tasks = ["sd15:torch:128", "trace-nano:onnxruntime:128", "trace-nano:torch:128"]
+    (tmp_path / "go").touch()
+    rest = ["--device", "cpu", "--runs", "2", "-o", str(tmp_path), "--wait", str(tmp_path / "go")]
+    monkeypatch.setattr(sys, "argv", ["gpu_latency", *tasks, *rest])
+    assert latency.main() == 1
+    rows = {row["task"]: row for row in json.loads((tmp_path / "gpu-latency.json").read_text())["rows"]}
+    assert "cannot be run by torch" in rows[tasks[2]]["trouble"]
+    for task in tasks[:2]:
+        assert len(rows[task]["milliseconds"]) == 2 and 0 < rows[task]["p50"] <= rows[task]["p99"]
+        assert set(rows[task]["stages"]) == set(latency.STAGES)
+    assert f"| {tasks[0]} |" in (tmp_path / "gpu-latency.md").read_text()

@@ -234,12 +234,12 @@ class LatentBackbone(Placed):
         return size[0] // self.token_side, size[1] // self.token_side
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images → X_0: the VAE's mean, scaled as the denoiser was trained; always in fp32, which it may need."""
+        """Images → X_0: the VAE's mean, scaled as the denoiser was trained; in fp32 as loaded, which it may need."""
         if not torch.compiler.is_exporting():
             self._check_size(images.shape[-2], images.shape[-1])
             self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
         with torch.autocast(images.device.type, enabled=False):
-            return self.scale(self.posterior_mean(images.float()))
+            return self.scale(self.posterior_mean(images.to(next(self.vae.parameters()).dtype)).float())
 
     def posterior_mean(self, images: Tensor) -> Tensor:
         """The VAE's answer, before scaling."""

@@ -100,9 +100,7 @@ def open_engine(
             )
         from trace_sdk.engines.torch import TorchEngine
 
-        opened_student = TorchEngine(folder, device, threads, compiled=runtime == "torch.compile")
-        shapes(opened_student.manifest)
-        return opened_student
+        return TorchEngine(folder, device, threads, compiled=runtime == "torch.compile", shapes=shapes)
     model, source = read_engine(engine)
     built = model.startswith(MAGIC)
     if runtime.startswith("torch") or (built and runtime not in ("auto", *PACKAGES)):

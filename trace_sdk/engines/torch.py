@@ -6,9 +6,13 @@ import hashlib
 import os
 import threading
 import warnings
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +20,28 @@ from numpy.typing import NDArray
 from trace_sdk import __version__
 from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
+from trace_sdk.engines.torch_gpu import Captured, lower
 from trace_sdk.errors import EngineError, MissingExtraError
 
 
 class TorchEngine:
     """One student on one device. Safe to call from many threads: answers are made one after another.
 
-    On a CPU the images of a batch run one by one, so that each gets the answer that it gets alone.
+    On a CPU the images of a batch run one by one, so that each gets the answer that it gets alone; so they do in the
+    shapes that are known beforehand on a GPU, each of which is a CUDA graph of its own.
     """
 
     engine_reason = "asked for"
 
-    def __init__(self, folder: Path, device: str = "auto", threads: int | None = None, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        compiled: bool,
+        shapes: Callable[[Manifest], Collection[tuple[int, int]]] = lambda manifest: (),
+    ) -> None:
         """Args: `folder` of a student, the rest as in `open_engine`; `compiled` with torch.compile.
 
         `threads` holds for all of torch in this process; None leaves torch's own number.
@@ -55,10 +69,17 @@ class TorchEngine:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         self._source, self._torch, self._target = str(folder), torch, target
-        graph = EngineGraph(student, half_weights=False).to(target)
-        self._graph = torch.compile(graph, dynamic=True) if compiled else graph
-        self.memory, self.cuda_graphs = "host" if self.device == "cpu" else "device, and pageable on the host", 0
+        on_cpu = self.device == "cpu"
+        self._plain = EngineGraph(student.to(target), half_weights=False, share_softmax=on_cpu).to(target)
+        precision, word = ("fp32", "") if on_cpu else lower(self._plain)
+        self.device_reason += f"; {word}" if word else ""
+        self._compiled = compiled
+        self._graph = torch.compile(self._plain, dynamic=True) if compiled else self._plain
+        self.memory = "host" if on_cpu else "device, and pageable on the host"
         self._one_at_a_time = threading.Lock()
+        # Each thread has a current GPU of its own.
+        self._on_device = nullcontext if on_cpu else partial(torch.cuda.device, target)
+        self._programs: dict[tuple[int, int], Callable[[Any], Any]] = {}
         weights = sorted(folder.rglob("*.safetensors"))
         self.sha256 = hashlib.sha256(
             b"".join(hashlib.sha256(file.read_bytes()).digest() for file in weights)
@@ -74,7 +95,7 @@ class TorchEngine:
             max_size=student.max_size,
             default_size=student.default_size,
             threshold=student.threshold,
-            precision="fp32",
+            precision=precision,
             opset=0,
             producers={"torch": torch.__version__},
             quality={},
@@ -83,11 +104,18 @@ class TorchEngine:
             created=datetime.fromtimestamp(os.path.getmtime(weights[0]), UTC).strftime("%Y-%m-%d"),  # noqa: PTH204
             commit="",
         )
+        known = shapes(self.manifest)
+        self._known = frozenset(() if on_cpu else known)
+
+    @property
+    def cuda_graphs(self) -> int:
+        """CUDA graphs captured so far."""
+        return sum(isinstance(program, Captured) for program in self._programs.values())
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
         with self._one_at_a_time:
-            if self.device == "cpu":
+            if self.device == "cpu" or batch.shape[1:3] in self._known:
                 answer = joined([self._answer(batch[i : i + 1]) for i in range(len(batch))])
             else:
                 answer = self._answer(batch)
@@ -99,13 +127,36 @@ class TorchEngine:
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
         try:
-            with torch.inference_mode(), warnings.catch_warnings():
+            with torch.no_grad(), self._on_device(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a photo's array is read-only, and nothing writes to it
                 pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self._target)
-                answer: NDArray[np.float32] = self._graph(pixels).float().cpu().numpy()
+                run = self._known_shape(pixels) if batch.shape[1:3] in self._known else self._graph
+                answer: NDArray[np.float32] = run(pixels).float().cpu().numpy()
         except RuntimeError as error:  # torch's own errors, out of memory among them
             raise EngineError(
                 f"{self._source}: failed on {self.device} with input {batch.shape} ({str(error).splitlines()[0]}). "
                 "Try a smaller size, or another device."
             ) from error
         return answer
+
+    def _known_shape(self, pixels: Any) -> Callable[[Any], Any]:
+        """What answers a known shape: made when it is first met, as a CUDA graph where the model allows it."""
+        height, width = pixels.shape[1:3]
+        if (height, width) not in self._programs:
+            from trace_sdk.export.graph import without_python
+
+            image = pixels.clone()
+            program: Callable[[Any], Any] = self._plain
+            if not self._plain.student.no_graph:
+                program = without_python(self._plain, image)
+            if self._compiled:
+                program = self._torch.compile(program, dynamic=False)
+            program(image)  # what it cannot do at all is no matter of the capture
+            try:
+                self._programs[height, width] = Captured(program, image)
+            except self._torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._programs[height, width] = program
+                self.device_reason += f"; {width}x{height} without a CUDA graph ({str(error).splitlines()[0]})"
+        return self._programs[height, width]

@@ -1,0 +1,65 @@
+"""Students in torch on a GPU answer as on a CPU, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
+
+from trace_sdk import EdgeDetector
+from trace_sdk.backbones.families.sd import StableDiffusion
+from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.student.model import Student
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no GPU")
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def latent() -> StableDiffusion:
+    unet = UNet2DConditionModel(
+        sample_size=16, cross_attention_dim=8, block_out_channels=(32, 32), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 4)
+    return StableDiffusion(unet, vae, SCHEDULER, StableDiffusion.zero_prompt(dict(unet.config)), "")
+
+
+@pytest.fixture(params=["pixel", "sd"])
+def folder(request: pytest.FixtureRequest, tiny_backbone: PixelBackbone, tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    student = Student(tiny_backbone if request.param == "pixel" else latent()).eval()
+    torch.nn.init.normal_(student.decoder.residual.weight)
+    student.save(tmp_path / "mine", {})
+    return tmp_path / "mine"
+
+
+def photo(seed: int) -> NDArray[np.uint8]:
+    cells = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
+    return np.kron(cells, np.ones((12, 12, 1), np.uint8))
+
+
+@pytest.mark.parametrize("buckets", [None, [128]])
+def test_the_gpu_answers_as_the_cpu_does(folder: Path, buckets: list[int] | None) -> None:
+    on_cpu = EdgeDetector(folder, device="cpu", size=128, buckets=buckets)
+    on_gpu = EdgeDetector(folder, device="cuda", size=128, buckets=buckets)
+    on_gpu.warmup()
+    for edges, seed in zip(on_gpu.run_batch([photo(seed) for seed in range(3)]), range(3), strict=True):
+        difference = np.abs(edges.probability - on_cpu.run(photo(seed)).probability)
+        assert difference.mean() < 2e-3 and difference.max() < 5e-2
+    info = on_gpu.info
+    assert info["device"] == "cuda:0" and info["cuda_graphs"] == (1 if buckets else 0), info["device_reason"]
+    assert info["precision"] == ("fp16" if on_gpu.manifest.backbone == "sd" else "fp32"), info["device_reason"]
+
+
+def test_captured_answers_from_many_threads_are_the_serial_ones(folder: Path) -> None:
+    detector = EdgeDetector(folder, device="cuda", size=128, buckets=[128])
+    serial = [detector.run(photo(seed)).probability for seed in range(4)]
+    with ThreadPoolExecutor(16) as pool:
+        for number, edges in enumerate(pool.map(lambda n: detector.run(photo(n % 4)), range(32))):
+            np.testing.assert_array_equal(edges.probability, serial[number % 4])
