@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -32,11 +33,16 @@ def split_width(width: int) -> tuple[int, int]:
     return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
 
+@cache
+def shared_memory(device: int) -> int:
+    """Bytes of it that a program can have on a GPU. Asked once: the driver is slow to answer."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return int(properties["max_shared_mem"])
+
+
 def fitted(tile: Tile, query: Tensor) -> Tile:
     """The tile halved until its queries, and keys for every stage of two loops, fit into the GPU's shared memory."""
-    limit = 227 * 1024  # sm_90
-    if query.is_cuda:
-        limit = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
+    limit = shared_memory(query.device.index) if query.is_cuda else 227 * 1024  # sm_90
     width = sum(split_width(query.shape[-1])) * query.element_size()
     while (tile.queries + 2 * tile.stages * tile.keys) * width > limit and tile.keys > 16:
         tile = Tile(max(16, tile.queries // 2), tile.keys // 2, tile.warps, tile.stages)
