@@ -112,7 +112,7 @@ def test_a_border_holds_all_along() -> None:
     assert border_evidence(whole, line, PAIR.probability) > 3
     gap = PAIR.probability.copy()
     gap[22:42, 60] = 0
-    assert border_evidence(whole, line, gap) < -1.2
+    assert border_evidence(whole, line, gap) < -0.7
     assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None])) == 1
     assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT]))) == 1
 
