@@ -27,7 +27,7 @@ from trace_sdk.instances.outlines import EVEN, SHARED, border_evidence, line_bet
 SAME = 0.5  # IoU above which two masks are one
 STEEP = 4.0  # how fast the log-likelihood of one thing to two falls with the evidence, from 0 at EVEN
 MOST = 2.0  # and how far one line may raise the share, or lower a score: none is proof
-PRIOR = (0.3, 5.0)  # pairs that are one thing, and that are two, before any is seen (a beta distribution)
+PRIOR = (0.3, 8.0)  # pairs that are one thing, and that are two, before any is seen (a beta distribution)
 ROUNDS = 50  # of EM
 APART = 0.2  # IoU from which masks overlap rather than touch
 PEER = 0.25  # area of the smaller to the larger from which they can be parts of one

@@ -18,7 +18,7 @@ from trace_sdk.instances.boxed import box_of, widened
 
 OPENING = 0.4  # share of new lines up to which a change closes a hole or a notch
 CLOSED = 0.5  # log-odds of the line around a hole, above those inside, up to which it is no border
-MOUTH = 5.0  # how much less it is for a notch, for each share of its line that is new
+MOUTH = 3.5  # how much less it is for a notch, for each share of its line that is new
 NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, to the radius of a disc like the mask
 WIDER = 0.75  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 1.5  # and of one moved inwards

@@ -26,7 +26,7 @@ from trace_sdk.instances.hierarchy import block_maxima
 
 STEPS = 2**8
 GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
-LARGE = 1024  # cells from which a region walks on the coarser grid
+LARGE = 256  # cells from which a region walks on the coarser grid
 TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
