@@ -38,12 +38,15 @@ def watershed(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArr
 
 def _basins(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Where water runs to: the basin of each pixel, int32 [H, W] from 0, and the marker of each basin, 0 for none."""
-    own = np.arange(heights.size, dtype=np.int32).reshape(heights.shape)
-    lowest, lower_pixel = heights.copy(), own.copy()
-    for here, there in _NEIGHBOURS:
+    lowest, way = heights.copy(), np.zeros(heights.shape, np.uint8)
+    for number, (here, there) in enumerate(_NEIGHBOURS, start=1):
         lower = heights[there] < lowest[here]
-        np.copyto(lowest[here], heights[there], where=lower)
-        np.copyto(lower_pixel[here], own[there], where=lower)
+        np.minimum(lowest[here], heights[there], out=lowest[here])
+        # Of two lower neighbours the later one is the lowest so far.
+        np.maximum(way[here], lower * np.uint8(number), out=way[here])
+    width = heights.shape[1]
+    steps = np.array([0, -width, width, -1, 1], np.int32)  # none, or to one of _NEIGHBOURS
+    lower_pixel = np.arange(heights.size, dtype=np.int32).reshape(heights.shape) + steps.take(way)
     marked = np.flatnonzero(markers)
     of = markers.ravel()[marked]
     # A marker is one basin, whose root is any of its pixels.
