@@ -103,8 +103,7 @@ class _Grid:
             columns.append(used.get(fragment.region, 0))
             used[fragment.region] = columns[-1] + 1
         count = len(self._regions.boxes)
-        cells = self._cells.ravel()
-        columns_of = np.bincount(list(used), list(used.values()), minlength=count)[cells].astype(np.int64)
+        columns_of = np.bincount(list(used), list(used.values()), minlength=count).astype(np.int64)[self._cells]
         seeds = np.zeros((max(columns) + 1, *self._cells.shape), np.float32)
         covered: dict[int, tuple[Box, NDArray[np.float32]]] = {}
         for fragment, column in zip(fragments, columns, strict=True):
@@ -113,7 +112,7 @@ class _Grid:
             box, means = covered[fragment.mask]
             own = self._cells[box] == fragment.region
             seeds[column][box][own] = means[own]
-        shares = self._walked(seeds.reshape(len(seeds), -1), columns_of).reshape(seeds.shape)
+        shares = self._walked(seeds, columns_of)
         return [
             self._lifted(fragment.region, shares[column]) for fragment, column in zip(fragments, columns, strict=True)
         ]
@@ -136,18 +135,23 @@ class _Grid:
         return rows, columns
 
     def _walked(self, seeds: NDArray[np.float32], columns_of: NDArray[np.int64]) -> NDArray[np.float32]:
-        """T^steps of each row; `columns_of`: how many of the rows a cell's region takes part in."""
+        """T^steps of each of [M, h, w]; `columns_of`: how many of them a cell's region takes part in, [h, w]."""
+        walked = np.zeros_like(seeds)
+        window = box_of(columns_of > 0, 0)
+        seeds, columns_of = seeds[:, *window], columns_of[window]
+        if not columns_of.size:
+            return walked
         # Cells of regions without a fragment are nobody's way.
-        regions = np.where(columns_of > 0, self._cells.ravel(), -1).reshape(self._cells.shape)
-        transition = csr_array(transition_matrix(self._edges, regions.astype(np.int32)))
-        shares = np.zeros_like(seeds)
+        regions = np.where(columns_of > 0, self._cells[window], np.int32(-1))
+        transition = csr_array(transition_matrix(self._edges[window], regions))
         for first in range(0, len(seeds), TOGETHER):
             # The walk of later columns is that of fewer regions.
-            own = np.flatnonzero(columns_of > first)
+            own = columns_of > first
             some = slice(first, first + TOGETHER)
+            places = np.flatnonzero(own)
             vectors = np.ascontiguousarray(seeds[some, own].T)
-            shares[some, own] = spread(transition[own][:, own], vectors, self._steps).T
-        return shares
+            walked[some, *window][:, own] = spread(transition[places][:, places], vectors, self._steps).T
+        return walked
 
     def _lifted(self, region: int, shares: NDArray[np.float32]) -> tuple[Box, NDArray[np.float32]]:
         """From cells to pixels of a region: bilinear, from cells of the region only, stretched to [0, 1]."""
