@@ -3,8 +3,8 @@
 2⁸ applications of T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead expanded in
 Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 42 products in place of 256, with an error
 below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so
-regions share vectors: there are as many as fragments in the region that has most. A region of more than LARGE cells
-walks on cells twice as long, a quarter of the steps: as far, at an eighth of the cost.
+regions share vectors: there are as many as fragments in the region that has most. Cells are twice as long as IRNet's,
+which makes a quarter of its steps as far, at a sixteenth of the cost.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trace_sdk.instances.affinity import transition_matrix
 from trace_sdk.instances.boxed import Box, BoxedMask, box_of, overlap, shifted, widened
 from trace_sdk.instances.hierarchy import block_maxima
 
-STEPS = 2**8
-GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
-LARGE = 256  # cells from which a region walks on the coarser grid
+STEPS = 2**8 // 4
+GRID = 64  # longest side of the walk's grid, cells: a stride of 8 at 512 px
+WHOLE = 0.9  # share of a region from which all of it counts as reached
 TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
@@ -67,28 +67,24 @@ def spread_fragments(
 
     A box and the values in it, 0 outside the region; beyond the box no value is above `least`.
     """
-    step = max(1, ceil(max(probability.shape) / GRID))
-    large = regions.areas > LARGE * step**2
-    # A walk that starts everywhere goes nowhere.
+    # A walk that starts nearly everywhere reaches everything.
     rises = {
         place: (regions.boxes[one.region], (regions.labels[regions.boxes[one.region]] == one.region).astype(np.float32))
         for place, one in enumerate(fragments)
-        if one.share == 1
+        if one.share >= WHOLE
     }
-    edges = block_maxima(probability, step)
-    for times, steps, own in ((1, STEPS, ~large), (2, STEPS // 4, large)):
-        places = [place for place, one in enumerate(fragments) if own[one.region] and place not in rises]
-        if places:
-            grid = _Grid(block_maxima(edges, times), regions, times * step, steps, least)
-            rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
+    if places := [place for place in range(len(fragments)) if place not in rises]:
+        step = max(1, ceil(max(probability.shape) / GRID))
+        grid = _Grid(block_maxima(probability, step), regions, step, least)
+        rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
     return [rises[place] for place in range(len(fragments))]
 
 
 class _Grid:
     """The walk on cells of `step` × `step` pixels, each in the region of its centre."""
 
-    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, steps: int, least: float) -> None:
-        self._edges, self._step, self._steps, self._regions, self._least = edges, step, steps, regions, least
+    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, least: float) -> None:
+        self._edges, self._step, self._regions, self._least = edges, step, regions, least
         middles = [
             np.minimum(np.arange(cells) * step + step // 2, length - 1)
             for cells, length in zip(edges.shape, regions.labels.shape, strict=True)
@@ -150,7 +146,7 @@ class _Grid:
             some = slice(first, first + TOGETHER)
             places = np.flatnonzero(own)
             vectors = np.ascontiguousarray(seeds[some, own].T)
-            walked[some, *window][:, own] = spread(transition[places][:, places], vectors, self._steps).T
+            walked[some, *window][:, own] = spread(transition[places][:, places], vectors, STEPS).T
         return walked
 
     def _lifted(self, region: int, shares: NDArray[np.float32]) -> tuple[Box, NDArray[np.float32]]:

@@ -52,7 +52,7 @@ def _basins(heights: NDArray[np.float32], markers: NDArray[np.int32]) -> tuple[N
     # A marker is one basin, whose root is any of its pixels.
     root = np.zeros(int(of.max()) + 1, np.int32)
     root[of] = marked
-    down = lower_pixel.ravel()
+    down = lower_pixel.ravel().astype(np.intp)  # as indices are taken fastest
     down[marked] = root[of]
     while True:
         # Twice as far each time.
