@@ -158,13 +158,13 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
 def _find_pieces(edges: NDArray[np.float32]) -> NDArray[np.int32]:
     """Watershed from the minima of the smoothed map; ridge pixels go to the lower side."""
     smooth = gaussian_filter(edges, _SMOOTH, mode="nearest")
-    markers, count = label(_minima(np.rint(smooth * _LEVELS).astype(np.uint8)))
+    markers, count = label(find_minima(np.rint(smooth * _LEVELS).astype(np.uint8)))
     if count < 2:
         return np.zeros(edges.shape, np.int32)
     return watershed(edges + _FLAT * smooth, markers) - 1
 
 
-def _minima(values: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def find_minima(values: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Plateaus of uint8 [h, w], connected by sides and corners, without a lower neighbour.
 
     As scikit-image's local_minima with values under 255, in a quarter of its time.
@@ -176,7 +176,8 @@ def _minima(values: NDArray[np.uint8]) -> NDArray[np.bool_]:
     dry = np.ones(count + 1, np.bool_)
     dry[0] = False
     dry[plateaus[drains]] = False
-    return dry.take(plateaus)
+    minima: NDArray[np.bool_] = dry.take(plateaus)
+    return minima
 
 
 def _least_around(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
