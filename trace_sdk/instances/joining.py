@@ -1,11 +1,11 @@
 """Masks that become one: those with most of their pixels in common, and neighbours that no edge keeps apart.
 
-Whether two touching masks are one thing cannot be told from their line alone: half of the lines between things have no
-more edge than a line through the middle of one. So the lines of a picture are judged together. Some share of the
-touching pairs are one thing; each pair's evidence says how likely it is with either; the share is the one most likely
-for all of them (EM, from a prior under which it is small). Masks that come in pieces have many lines without an edge,
-which raises the share and joins them; between good masks it stays low, and only a line far weaker than what is around
-it joins two.
+Whether two touching masks are one thing cannot be told from their line alone: a quarter of the lines between things are
+no clearer than half of those through the middle of one. So the lines of a picture are judged together. Some share of
+the touching pairs are one thing; each pair's evidence says how likely it is with either; the share is the one most
+likely for all of them (EM, from a prior under which it is small). Masks that come in pieces have many lines without an
+edge, which raises the share and joins them; between good masks it stays low, and only a line far weaker than what is
+around it joins two.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _doubted(masks: list[Candidate], pairs: Sequence[tuple[float, int, int]], li
 
 def _limit(evidence: NDArray[np.float64]) -> float:
     """Evidence of a border under which a pair is more likely one thing than two, given that of all pairs, [P]."""
-    ratio = np.clip(STEEP * (EVEN - evidence), -MOST, MOST)
+    ratio = np.sort(np.clip(STEEP * (EVEN - evidence), -MOST, MOST))  # sums are the same in any order of masks
     one, two = PRIOR
     share = one / (one + two)
     for _ in range(ROUNDS):

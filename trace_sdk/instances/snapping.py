@@ -8,6 +8,7 @@ would have on the nearest ridges.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def evidence_needed(outlines: Sequence[tuple[float, float]]) -> float:
     Args:
         outlines: of each mask what `above_surroundings` answers.
     """
-    has, could = (sum(values) for values in zip(BEFORE, *outlines, strict=True))
+    has, could = (fsum(values) for values in zip(BEFORE, *outlines, strict=True))  # the same in any order
     return float(np.clip(2 ** ((has / max(could, _NONE) - TIGHT) / HALVED), LEAST, 1))
 
 
