@@ -1,10 +1,10 @@
 """The random walk that spreads what a mask has of a region, with the rest of the region as background.
 
-2⁸ applications of T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead expanded in
-Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 42 products in place of 256, with an error
-below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so
-regions share vectors: there are as many as fragments in the region that has most. Cells are twice as long as IRNet's,
-which makes a quarter of its steps as far, at a sixteenth of the cost.
+IRNet applies T 2⁸ times; on cells twice as long as its own a quarter of that goes as far, at an eighth of the cost.
+Applying T that often to a vector costs 64 products; squaring T six times fills the matrix. T^s is instead expanded in
+Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 20 products, with an error below TAIL in
+the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so regions share
+vectors: there are as many as fragments in the region that has most.
 """
 
 from __future__ import annotations
