@@ -36,6 +36,7 @@ from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.instances import score_masks
 from trace_sdk.instances.coco import decode_mask, encode_mask
 from trace_sdk.instances.result import paint_masks
+from trace_sdk.machine import commit, hardware, versions
 
 Mask = NDArray[np.bool_]
 CANNY_THRESHOLDS = (0.92,)  # of its best ODS on these photos (quality-trace-small.json)
@@ -288,6 +289,9 @@ def main() -> None:
     content = {
         "command": " ".join(["benchmarks/refine.py", *sys.argv[1:]]),
         "trace_sdk": __version__,
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(["numpy", "scipy", "scikit-image", "onnxruntime", "pycocotools"]),
         "dataset": arguments.dataset.resolve().name,
         "images": len(truth["images"]),
         "first": arguments.first,

@@ -113,7 +113,8 @@ def command(dataset: Path, photos: list[Photo], maps: list[EdgeMap], workers: in
         (folder / "all.json").write_text(json.dumps(entries))
 
         def refine(masks: str) -> None:
-            options = ["--images", dataset / "images", "--edges", "edges", "--threshold", str(maps[0].threshold)]
+            images = dataset.resolve() / "images"
+            options = ["--images", images, "--edges", "edges", "--threshold", str(maps[0].threshold)]
             call = [Path(sys.executable).with_name("trace-sdk"), "refine", "--masks", masks, "-o", f"out-{masks}"]
             subprocess.run([*call, *options, "--workers", str(workers)], cwd=folder, check=True, capture_output=True)
 

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.instances import score_file, score_masks
 from trace_sdk.instances.coco import encode_mask
 
@@ -80,6 +81,23 @@ def test_a_file_may_have_categories_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"pred.json: entry 0 \(image 1\) has no usable mask") as refused:
         score_file(tmp_path, tmp_path / "pred.json")
     assert "--skip-bad" not in str(refused.value)  # evaluate has no such option
+
+
+def test_image_ids_may_be_text(tmp_path: Path) -> None:
+    """`refine` and `instances` take and write them."""
+    data = truth(A, B)
+    data["images"] = [{**data["images"][0], "id": "street", "file_name": "a.png"}]
+    for annotation in data["annotations"]:
+        annotation["image_id"] = "street"
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("L", (100, 20)).save(tmp_path / "images/a.png")
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    found = [{**result, "image_id": "street"} for result in results((A, 0.9), (B, 0.5))]
+    (tmp_path / "pred.json").write_text(json.dumps(found))
+    scores = score_file(tmp_path, tmp_path / "pred.json", names=["a"])
+    assert scores.ap == pytest.approx(1) and scores.instances == 2
+    (sample,) = open_dataset(tmp_path)
+    assert sample.name == "a" and sample.boundaries[0].any()
 
 
 def test_bad_input() -> None:

@@ -13,7 +13,9 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
 from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
 from trace_sdk.instances.boxed import BoxedMask
-from trace_sdk.instances.outlines import border_evidence, line_between, outline_strength
+from trace_sdk.instances.outlines import QUIET, border_evidence, line_between, log_odds, outline_strength
+from trace_sdk.instances.snapping import LEAST, above_surroundings, evidence_needed, snap
+from trace_sdk.instances.splitting import cut_at_gaps
 from trace_sdk.instances.walk import TAIL, Fragment, Regions, spread, spread_fragments
 
 HEIGHT, WIDTH = 80, 120
@@ -112,7 +114,7 @@ def test_a_border_holds_all_along() -> None:
     assert border_evidence(whole, line, PAIR.probability) > 3
     gap = PAIR.probability.copy()
     gap[22:42, 60] = 0
-    assert border_evidence(whole, line, gap) < -1.2
+    assert border_evidence(whole, line, gap) < -0.7
     assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None])) == 1
     assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT]))) == 1
 
@@ -251,6 +253,81 @@ def test_touching_masks_are_joined_unless_an_edge_keeps_them_apart(strength: flo
 def test_a_small_thing_on_a_large_one_is_not_joined() -> None:
     inner = box(30, 40, 30, 40)
     assert len(PAIR.refine(np.stack([LEFT & ~inner, inner]))) == 2
+
+
+def shelf(halved: int) -> tuple[EdgeMap, list[Any]]:
+    """Six things in a row with clear outlines, full of edges but for their middle; the first `halved` in two masks."""
+    edges = np.full((HEIGHT, WIDTH), 0.05, np.float32)
+    masks = []
+    for number, left in enumerate(range(2, 114, 19)):
+        edges[20:61, left : left + 19] = 0.7
+        edges[21:60, left + 1 : left + 18] = 0.3
+        edges[37:43, left + 1 : left + 18] = 0.21
+        thing = box(21, 60, left + 1, left + 18)
+        upper = thing & box(0, 40, 0, WIDTH)
+        masks += [upper, thing & ~upper] if number < halved else [thing]
+    return EdgeMap(edges, PAIR.rgb, 0.6), masks
+
+
+@pytest.mark.parametrize(("halved", "left"), [(0, 6), (1, 7), (6, 6)])
+def test_lines_of_a_picture_are_judged_together(halved: int, left: int) -> None:
+    """One line that is no clear border joins nothing; six of them say that these masks come in halves."""
+    edges, masks = shelf(halved)
+    refined = edges.refine(np.stack(masks))
+    assert len(refined) == left
+    if halved == 1:
+        # The halves may be one thing, and the others can't.
+        assert {tuple(source) for source in refined.sources[-2:]} == {(0,), (1,)}
+
+
+@pytest.mark.parametrize(("gap", "strength", "count"), [(2, 0.8, 2), (2, 0.0, 1), (16, 0.8, 1)])
+def test_a_mask_is_cut_at_a_narrow_gap_with_an_edge_in_it(gap: int, strength: float, count: int) -> None:
+    """One thing behind a pole stays one, and so does one with a crack."""
+    outer = map_of(*((slice(20, 61), column) for column in (20, 100)), *((row, slice(20, 101)) for row in (20, 60)))
+    edges = outer.probability.copy()
+    edges[21:60, 60 - gap // 2] = strength
+    parts = cut_at_gaps(BoxedMask.of((LEFT | RIGHT) & ~box(20, 61, 60 - gap // 2, 60 + gap // 2)), edges)
+    assert len(parts) == count
+    if count == 2:
+        assert {part.box[1].start for part in parts} == {20, 61}
+
+
+def test_small_parts_go_with_the_nearest() -> None:
+    mask = (LEFT | RIGHT) & ~box(20, 61, 59, 61)
+    mask[61:64, 99:101] = mask[62:64, 22:24] = True  # one touches, one doesn't
+    parts = cut_at_gaps(BoxedMask.of(mask), PAIR.probability)
+    assert sorted(part.area for part in parts) == [41 * 39 + 4, 41 * 40 + 6]
+
+
+def test_snap_takes_pieces_that_lie_in_the_mask_by_more_than_half() -> None:
+    pieces = (np.indices((40, 40))[1] // 10 + 4 * (np.indices((40, 40))[0] // 20)).astype(np.int32)  # 20 × 10 each
+    mask = np.zeros((40, 40), np.bool_)
+    mask[0:20, 0:23] = True  # half of what is near of the third column
+    mask[20, 0:10] = True  # and a quarter of that below
+    expected = np.zeros((40, 40), np.bool_)
+    expected[0:20, 0:20] = True
+    assert (snap(BoxedMask.of(mask), pieces).within((slice(0, 40), slice(0, 40))) == expected).all()
+
+
+def test_loose_masks_need_less_evidence_than_tight_ones() -> None:
+    odds = log_odds(np.maximum(PAIR.probability, QUIET)).astype(np.float32)
+    tight, loose = BoxedMask.of(LEFT), BoxedMask.of(box(23, 58, 23, 57))
+    for mask, needed in ((tight, 1.0), (loose, LEAST)):
+        found = above_surroundings(mask, tight, odds)
+        assert found[1] > 1
+        assert evidence_needed([found] * 5) == pytest.approx(needed)
+    # A crowd of tight ones keeps a loose one among them from moving freely.
+    one = [above_surroundings(loose, tight, odds)]
+    assert evidence_needed([above_surroundings(tight, tight, odds)] * 9 + one) == pytest.approx(1)
+    assert evidence_needed([]) == pytest.approx(1)
+
+
+def test_a_score_tells_that_a_mask_may_be_a_half() -> None:
+    edges, masks = shelf(1)
+    refined = edges.refine(np.stack(masks), [0.8] * len(masks))
+    score_of = {source: score for (source,), score in zip(refined.sources, refined.scores, strict=True)}
+    alone = edges.refine(masks[0][None], [0.8]).scores[0]
+    assert score_of[0] < 0.9 * alone and score_of[4] > 0.7
 
 
 def test_no_masks() -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.ndimage import label
+from skimage.morphology import local_minima
 
+from trace_sdk.instances.hierarchy import find_minima
 from trace_sdk.instances.watershed import watershed
 
 
@@ -41,3 +43,12 @@ def test_a_ridge_divides() -> None:
     markers[1, 1], markers[4, 8] = 1, 2
     found = watershed(heights, markers)
     assert (found[:, :4] == 1).all() and (found[:, 5:] == 2).all()
+
+
+@pytest.mark.parametrize("levels", [2, 4, 50])
+def test_minima_are_scikit_images(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    for shape in [(12, 17), (30, 3), (2, 2)] * 5:
+        values = rng.integers(levels, size=shape).astype(np.uint8)
+        values[0, 0] = levels  # scikit-image finds no minimum in a constant picture
+        assert (find_minima(values) == local_minima(values).astype(np.bool_)).all()

@@ -102,7 +102,8 @@ def command(
     """Make masks of other methods agree with the edges of their photos.
 
     Holes and gaps that no edge surrounds are closed, outlines moved to stronger edges nearby, neighbours in one mask
-    split and masks of one thing joined where the edges are clear; what they don't speak against stays as it was
+    split and masks of one thing joined where the edges are clear (the more easily the more a photo's masks come in
+    pieces, or are loose); what they don't speak against stays as it was
     (Background-Guided Propagation). MASKS is what CutLER, U2Seg (lists of results), MaskCut or ProMerge (data
     sets) wrote: compressed RLE, plain run lengths or polygons. OUT has the same form, with compressed RLE.
 
@@ -113,8 +114,9 @@ def command(
       trace-sdk refine --masks pred.json --images val2017/ --edges hed/ --threshold 0.5 -o refined-hed.json
 
     \b
-    Scores: a refined mask has the score of the mask it came from (1 where there is none) times the IoU with it;
-    of merged masks the highest. Masks are only merged within their category. Crowd regions stay as they are.
+    Scores: a refined mask has the score of the mask it came from (1 where there is none) times the IoU with it; of
+    merged masks the highest; times the chance that it is not part of a thing with its neighbour. Masks are only merged
+    within their category. Crowd regions stay as they are.
 
     What is done is kept in OUT.parts/; a run that was cut goes on there. The folder may be deleted afterwards.
     Results can only be as good as the edges: measure on a few annotated photos first (docs/instances.md).

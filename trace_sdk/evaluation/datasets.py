@@ -114,12 +114,12 @@ def _open_coco(folder: Path) -> Dataset:
     file = folder / "instances.json"
     try:
         content = json.loads(file.read_bytes())
-        images = {int(image["id"]): image for image in content["images"]}
+        images = {image["id"]: image for image in content["images"]}
         names = {Path(str(image["file_name"])).stem: image for image in images.values()}
-        marked: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        marked: defaultdict[int | str, list[dict[str, Any]]] = defaultdict(list)
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd", 0):
-                marked[int(annotation["image_id"])].append(annotation)
+                marked[annotation["image_id"]].append(annotation)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is not a COCO instances file ({_short(error)}). Download it again.") from error
     if len(names) != len(content["images"]):
@@ -134,7 +134,7 @@ def _open_coco(folder: Path) -> Dataset:
                 f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
                 f"is {width}x{height}. Use the photos the annotations were made for."
             )
-        masks = [(_decode_mask(a, height, width, file), a.get("category_id")) for a in marked[int(image["id"])]]
+        masks = [(_decode_mask(a, height, width, file), a.get("category_id")) for a in marked[image["id"]]]
         masks.sort(key=lambda pair: -int(pair[0].sum()))
         ids = np.zeros((height, width), np.int32)
         for number, (mask, _) in enumerate(masks, start=1):

@@ -92,7 +92,9 @@ def score_masks(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
     if not known or not truth["annotations"]:
         raise DatasetError("The ground truth has no image or no annotation. Check the file.")
     if foreign := {result["image_id"] for result in results} - known:
-        raise DatasetError(f"Results name image {min(foreign)}, which the ground truth has not. Give both of one set.")
+        raise DatasetError(
+            f"Results name image {min(foreign, key=str)}, which the ground truth has not. Give both of one set."
+        )
     counted = sum(not annotation.get("iscrowd", 0) for annotation in truth["annotations"])
     if not results:
         return MaskScores(0.0, 0.0, 0.0, 0.0, len(known), counted, 0)

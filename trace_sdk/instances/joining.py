@@ -1,9 +1,17 @@
-"""Masks that become one: those with most of their pixels in common, and neighbours that no edge keeps apart."""
+"""Masks that become one: those with most of their pixels in common, and neighbours that no edge keeps apart.
+
+Whether two touching masks are one thing cannot be told from their line alone: a quarter of the lines between things are
+no clearer than half of those through the middle of one. So the lines of a picture are judged together. Some share of
+the touching pairs are one thing; each pair's evidence says how likely it is with either; the share is the one most
+likely for all of them (EM, from a prior under which it is small). Masks that come in pieces have many lines without an
+edge, which raises the share and joins them; between good masks it stays low, and only a line far weaker than what is
+around it joins two.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -14,11 +22,13 @@ from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, union, widened
 from trace_sdk.instances.components import components
-from trace_sdk.instances.outlines import border_evidence, line_between
+from trace_sdk.instances.outlines import EVEN, SHARED, border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one
-JOIN = -1.2  # evidence of a border, see `outlines.border_evidence`, up to which neighbours are one
-SHARED = 0.5  # least length of such a line, to the side of the smaller mask
+STEEP = 4.0  # how fast the log-likelihood of one thing to two falls with the evidence, from 0 at EVEN
+MOST = 2.0  # and how far one line may raise the share, or lower a score: none is proof
+PRIOR = (0.3, 8.0)  # pairs that are one thing, and that are two, before any is seen (a beta distribution)
+ROUNDS = 50  # of EM
 APART = 0.2  # IoU from which masks overlap rather than touch
 PEER = 0.25  # area of the smaller to the larger from which they can be parts of one
 REACH = 1  # pixels beside a mask that it touches
@@ -43,12 +53,40 @@ def join_masks(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> 
     """Masks that are one thing become one: alike ones, then the best neighbours, and so on until none are left."""
     found = list(masks)
     known: dict[tuple[Candidate, Candidate], float] = {}
+    limit: float | None = None
     while True:
         found = _join_alike(found)
-        links = _best_neighbours(found, probability, known)
+        pairs = _touching(found, probability, known)
+        if limit is None:
+            # What is joined later leaves mostly borders behind, which say nothing about the masks as given.
+            limit = _limit(np.array([evidence for evidence, _, _ in pairs]))
+        links = _best_of(pairs, limit)
         if not len(links):
-            return found
+            return _doubted(found, pairs, limit)
         found = _joined(found, links)
+
+
+def _doubted(masks: list[Candidate], pairs: Sequence[tuple[float, int, int]], limit: float) -> list[Candidate]:
+    """Each score times the chance that the mask is whole: that it is not one thing with the likeliest neighbour."""
+    least = [inf] * len(masks)
+    for evidence, *places in pairs:
+        for place in places:
+            least[place] = min(least[place], evidence)
+    return [
+        replace(one, score=one.score / (1 + float(np.exp(min(MOST, STEEP * (limit - evidence))))))
+        for one, evidence in zip(masks, least, strict=True)
+    ]
+
+
+def _limit(evidence: NDArray[np.float64]) -> float:
+    """Evidence of a border under which a pair is more likely one thing than two, given that of all pairs, [P]."""
+    ratio = np.sort(np.clip(STEEP * (EVEN - evidence), -MOST, MOST))  # sums are the same in any order of masks
+    one, two = PRIOR
+    share = one / (one + two)
+    for _ in range(ROUNDS):
+        likely = 1 / (1 + np.exp(-ratio) * (1 - share) / share)
+        share = (likely.sum() + one) / (len(evidence) + one + two)
+    return float(EVEN - np.log((1 - share) / share) / STEEP)
 
 
 def _join_alike(masks: list[Candidate]) -> list[Candidate]:
@@ -63,14 +101,14 @@ def _join_alike(masks: list[Candidate]) -> list[Candidate]:
     return found
 
 
-def _best_neighbours(
+def _touching(
     masks: Sequence[Candidate],
     probability: NDArray[np.float32],
     known: dict[tuple[Candidate, Candidate], float],
-) -> NDArray[np.int32]:
-    """Pairs of touching masks that nothing keeps apart, each the other's best, int32 [L, 2].
+) -> list[tuple[float, int, int]]:
+    """Pairs of touching masks that may be parts of one thing: evidence of a border between them, and their places.
 
-    A small thing on a large one stays, see PEER. known: evidence of a border of the pairs met before.
+    A small thing on a large one stays, see PEER. known: evidence of the pairs met before.
     """
     boxes = [widened(one.mask.box, REACH + 1, one.shape) for one in masks]
     starts, stops = (
@@ -79,18 +117,23 @@ def _best_neighbours(
     areas = np.array([one.mask.area for one in masks])
     near = (starts[:, None] < stops).all(axis=2) & (starts < stops[:, None]).all(axis=2)
     peers = np.minimum.outer(areas, areas) >= PEER * np.maximum.outer(areas, areas)
-    links = []
+    pairs = []
     for here, there in np.argwhere(np.triu(near & peers, 1)).tolist():
         pair = masks[here], masks[there]
         if pair not in known:
             known[pair] = _evidence(*pair, union([boxes[here], boxes[there]]), probability)
-        if known[pair] <= JOIN:
-            links.append((known[pair], here, there))
+        if known[pair] < inf:
+            pairs.append((known[pair], here, there))
+    return pairs
+
+
+def _best_of(pairs: Sequence[tuple[float, int, int]], limit: float) -> NDArray[np.int32]:
+    """Of the pairs with evidence under `limit` those that are each other's best, int32 [L, 2]."""
     best: dict[int, float] = {}
-    for evidence, here, there in links:
-        for place in (here, there):
-            best[place] = min(best.get(place, inf), evidence)
-    mutual = [(here, there) for evidence, here, there in links if evidence == best[here] == best[there]]
+    for evidence, *places in pairs:
+        for place in places:
+            best[place] = min(best.get(place, limit), evidence)
+    mutual = [(here, there) for evidence, here, there in pairs if evidence == best[here] == best[there]]
     return np.array(mutual, np.int32).reshape(-1, 2)
 
 

@@ -14,17 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label, maximum_filter
 
-from trace_sdk.instances.boxed import box_of
+from trace_sdk.instances.boxed import box_of, widened
 
 OPENING = 0.4  # share of new lines up to which a change closes a hole or a notch
 CLOSED = 0.5  # log-odds of the line around a hole, above those inside, up to which it is no border
-MOUTH = 2.5  # how much less it is for a notch, for each share of its line that is new
+MOUTH = 3.5  # how much less it is for a notch, for each share of its line that is new
 NEAR = 0.1  # how far an outline may move easily: mean of the part that moves, to the radius of a disc like the mask
 WIDER = 0.75  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 1.5  # and of one moved inwards
 FAR = 3.0  # and how much more where it moves further
-BETWEEN = 0.2  # how far a level lies from the inside to the outline under which a line is no border
-QUIET = 0.05  # where edges are rarer still, a line without any is no border
+BETWEEN = 0.1  # how far a level lies from the inside to the outline under which a line is no border
+EVEN = -0.15  # evidence of a border that is as likely in one thing as between two
+SHARED = 0.5  # least length of a line between two masks, to the side of the smaller one
+STRIP = range(3, 9)  # beside a line, pixels
+QUIET = 0.05  # lower probabilities are as good as none
 SURE = 0.99  # beyond which log-odds grow no more
 
 
@@ -78,21 +81,25 @@ class Strengths:
 
 
 def border_evidence(mask: NDArray[np.bool_], line: NDArray[np.bool_], probability: NDArray[np.float32]) -> float:
-    """How much a line through a mask looks like a border in it: negative where it does not.
+    """How much a line through a mask looks like a border in it: negative where it looks like what is around it.
 
-    The log-odds of the edge probability on the line, its lower quartile, above a level BETWEEN those inside the mask
-    and those of its outline. A border holds all along; a line that edges cross, or follow for a while, is strong on
-    average only.
+    The log-odds of the edge probability on the line, its lower quartile, above those around: the mean of those inside
+    the mask and of the median of a strip to both sides of the line. A border holds all along; a line that edges cross,
+    or follow for a while, is strong on average only; and where everything is full of edges, one more is no border.
 
     Args:
         mask: bool [h, w]. line: bool [h, w], see `line_between`, not empty. probability: float32 [h, w].
     """
+    box = widened(box_of(line, 0), STRIP.stop, line.shape)
     # The edge may be one pixel wide and lie beside the line's middle.
-    box = box_of(line)
-    nearby = maximum_filter(probability[box], 3)[line[box]]
+    nearby, near_line = maximum_filter(probability[box], 3), line[box]
+    close, wide = (maximum_filter(near_line, 2 * reach + 1) for reach in (STRIP.start, STRIP.stop))
+    beside = nearby[wide & ~close & mask[box]]
     strengths = Strengths.of(mask, probability)
-    inside, outline = log_odds(max(strengths.inside, QUIET)), log_odds(max(strengths.outline, QUIET))
-    return float(log_odds(float(np.quantile(nearby, 0.25))) - (1 - BETWEEN) * inside - BETWEEN * outline)
+    found = float(np.quantile(nearby[near_line], 0.25)), strengths.inside, strengths.outline
+    on_line, inside, outline = (float(log_odds(max(value, QUIET))) for value in found)
+    around = float(log_odds(max(float(np.median(beside)), QUIET))) if len(beside) else inside
+    return on_line - (1 - BETWEEN) * (inside + around) / 2 - BETWEEN * outline
 
 
 def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -103,7 +110,11 @@ def without_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def better_parts(
-    before: NDArray[np.bool_], after: NDArray[np.bool_], probability: NDArray[np.float32], strengths: Strengths
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+    probability: NDArray[np.float32],
+    strengths: Strengths,
+    needed: float = 1,
 ) -> tuple[NDArray[np.bool_], float]:
     """A mask with those connected parts of a change that the edges speak for, and how much they do.
 
@@ -113,6 +124,7 @@ def better_parts(
 
     Args:
         before, after: bool [h, w], `before` not empty. probability: float32 [h, w]. strengths: of `before`.
+        needed: share of WIDER and NARROWER that will do, see `snapping`.
 
     Returns:
         bool [h, w], and the sum over what the taken parts add to the outline of the probability above the middle level,
@@ -143,8 +155,8 @@ def better_parts(
     faint = log_odds(old) - log_odds(strengths.inside) <= CLOSED - MOUTH * added / length
     closes = (grown > 0) & (added <= OPENING * length) & faint
     near = 2 * areas / length <= NEAR * (area / np.pi) ** 0.5
-    needed = np.where(grown == areas, WIDER, NARROWER) + np.where(near, 0, FAR)
-    moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > needed)
+    rise = needed * np.where(grown == areas, WIDER, NARROWER) + np.where(near, 0, FAR)
+    moves = (added > 0) & (removed > 0) & (log_odds(new) - log_odds(old) > rise)
     taken = closes | moves
     taken[0] = False
     if not taken.any():

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation, distance_transform_edt, label
 
 from trace_sdk.instances.boxed import BoxedMask, widened
+from trace_sdk.instances.components import components
 from trace_sdk.instances.hierarchy import find_borders, merge_weakest_first
-from trace_sdk.instances.outlines import border_evidence, line_between
+from trace_sdk.instances.outlines import SHARED, border_evidence, line_between
 from trace_sdk.instances.walk import Fragment, Regions
 
 SPLIT = 0.2  # share of a mask that makes a part an instance of its own
 BORDER = 3.0  # evidence of a border, see `outlines.border_evidence`, from which a mask is two
+CRACK = 0.0  # evidence of a border from which a gap is between two things
+GAP = 3  # how far the parts beside a gap are grown to meet, pixels
+
+
+def cut_at_gaps(mask: BoxedMask, probability: NDArray[np.float32]) -> list[BoxedMask]:
+    """The mask in its unconnected parts, where a narrow gap between them looks like a border more than not.
+
+    A gap that an edge lies in is what a method left between two things; one without an edge is a crack in one thing;
+    a wide one is what lies in front of it. Parts with less than SPLIT of the mask go with the nearest.
+    """
+    parts, count = label(mask.inside)
+    if count < 2:
+        return [mask]
+    areas = np.bincount(parts.ravel())[1:]
+    large = np.flatnonzero(areas >= SPLIT * mask.area) + 1
+    if len(large) < 2:
+        return [mask]
+    box = widened(mask.box, GAP, probability.shape)
+    edges = probability[box]
+    sides = [BoxedMask(mask.box, parts == number).within(box) for number in large]
+    grown = [binary_dilation(side, iterations=GAP) for side in sides]
+    one = []
+    for a, b in combinations(range(len(large)), 2):
+        line = grown[a] & grown[b]
+        short = np.count_nonzero(line) < 2 * SHARED * min(areas[large[[a, b]] - 1]) ** 0.5
+        if short or border_evidence(sides[a] | sides[b], line, edges) <= CRACK:
+            one.append((a, b))
+    thing = components(np.array(one, np.int32).reshape(-1, 2), len(large))
+    if thing.max() == 0:
+        return [mask]
+    seeds = np.zeros(count + 1, np.int32)
+    seeds[large] = thing + 1
+    return nearest_seeds(mask, seeds[parts])
+
+
+def nearest_seeds(mask: BoxedMask, seeds: NDArray[np.int32]) -> list[BoxedMask]:
+    """The mask cut into what is nearest to each of its seeds, int32 as large as its box, 1 … N, 0 elsewhere."""
+    y, x = distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    nearest = np.where(mask.inside, seeds[y, x], 0)
+    corner = mask.box[0].start, mask.box[1].start
+    return [BoxedMask.of(nearest == number, corner) for number in range(1, int(seeds.max()) + 1)]
 
 
 def split_masks(probability: NDArray[np.float32], regions: Regions, masks: Sequence[BoxedMask]) -> list[Fragment]:

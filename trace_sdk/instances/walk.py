@@ -1,10 +1,10 @@
 """The random walk that spreads what a mask has of a region, with the rest of the region as background.
 
-2⁸ applications of T to a vector cost 2⁸ products; squaring T eight times fills the matrix. T^s is instead expanded in
-Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 42 products in place of 256, with an error
-below TAIL in the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so
-regions share vectors: there are as many as fragments in the region that has most. A region of more than LARGE cells
-walks on cells twice as long, a quarter of the steps: as far, at an eighth of the cost.
+IRNet applies T 2⁸ times; on cells twice as long as its own a quarter of that goes as far, at an eighth of the cost.
+Applying T that often to a vector costs 64 products; squaring T six times fills the matrix. T^s is instead expanded in
+Chebyshev polynomials, whose coefficients for x^s fall off beyond √(2s): 20 products, with an error below TAIL in
+the norm that T contracts (Sachdeva and Vishnoi, 2014, theorem 3.3). The walk never leaves a region, so regions share
+vectors: there are as many as fragments in the region that has most.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trace_sdk.instances.affinity import transition_matrix
 from trace_sdk.instances.boxed import Box, BoxedMask, box_of, overlap, shifted, widened
 from trace_sdk.instances.hierarchy import block_maxima
 
-STEPS = 2**8
-GRID = 128  # longest side of the walk's grid, cells: a stride of 4 at 512 px, as IRNet's
-LARGE = 1024  # cells from which a region walks on the coarser grid
+STEPS = 2**8 // 4
+GRID = 64  # longest side of the walk's grid, cells: a stride of 8 at 512 px
+WHOLE = 0.9  # share of a region from which all of it counts as reached
 TOGETHER = 16  # vectors that walk at once: a matrix is read once for all of them
 TAIL = 1e-2  # bound on the error of T^s
 
@@ -67,28 +67,24 @@ def spread_fragments(
 
     A box and the values in it, 0 outside the region; beyond the box no value is above `least`.
     """
-    step = max(1, ceil(max(probability.shape) / GRID))
-    large = regions.areas > LARGE * step**2
-    # A walk that starts everywhere goes nowhere.
+    # A walk that starts nearly everywhere reaches everything.
     rises = {
         place: (regions.boxes[one.region], (regions.labels[regions.boxes[one.region]] == one.region).astype(np.float32))
         for place, one in enumerate(fragments)
-        if one.share == 1
+        if one.share >= WHOLE
     }
-    edges = block_maxima(probability, step)
-    for times, steps, own in ((1, STEPS, ~large), (2, STEPS // 4, large)):
-        places = [place for place, one in enumerate(fragments) if own[one.region] and place not in rises]
-        if places:
-            grid = _Grid(block_maxima(edges, times), regions, times * step, steps, least)
-            rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
+    if places := [place for place in range(len(fragments)) if place not in rises]:
+        step = max(1, ceil(max(probability.shape) / GRID))
+        grid = _Grid(block_maxima(probability, step), regions, step, least)
+        rises |= zip(places, grid.rises(masks, [fragments[place] for place in places]), strict=True)
     return [rises[place] for place in range(len(fragments))]
 
 
 class _Grid:
     """The walk on cells of `step` × `step` pixels, each in the region of its centre."""
 
-    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, steps: int, least: float) -> None:
-        self._edges, self._step, self._steps, self._regions, self._least = edges, step, steps, regions, least
+    def __init__(self, edges: NDArray[np.float32], regions: Regions, step: int, least: float) -> None:
+        self._edges, self._step, self._regions, self._least = edges, step, regions, least
         middles = [
             np.minimum(np.arange(cells) * step + step // 2, length - 1)
             for cells, length in zip(edges.shape, regions.labels.shape, strict=True)
@@ -103,8 +99,7 @@ class _Grid:
             columns.append(used.get(fragment.region, 0))
             used[fragment.region] = columns[-1] + 1
         count = len(self._regions.boxes)
-        cells = self._cells.ravel()
-        columns_of = np.bincount(list(used), list(used.values()), minlength=count)[cells].astype(np.int64)
+        columns_of = np.bincount(list(used), list(used.values()), minlength=count).astype(np.int64)[self._cells]
         seeds = np.zeros((max(columns) + 1, *self._cells.shape), np.float32)
         covered: dict[int, tuple[Box, NDArray[np.float32]]] = {}
         for fragment, column in zip(fragments, columns, strict=True):
@@ -113,7 +108,7 @@ class _Grid:
             box, means = covered[fragment.mask]
             own = self._cells[box] == fragment.region
             seeds[column][box][own] = means[own]
-        shares = self._walked(seeds.reshape(len(seeds), -1), columns_of).reshape(seeds.shape)
+        shares = self._walked(seeds, columns_of)
         return [
             self._lifted(fragment.region, shares[column]) for fragment, column in zip(fragments, columns, strict=True)
         ]
@@ -136,18 +131,23 @@ class _Grid:
         return rows, columns
 
     def _walked(self, seeds: NDArray[np.float32], columns_of: NDArray[np.int64]) -> NDArray[np.float32]:
-        """T^steps of each row; `columns_of`: how many of the rows a cell's region takes part in."""
+        """T^steps of each of [M, h, w]; `columns_of`: how many of them a cell's region takes part in, [h, w]."""
+        walked = np.zeros_like(seeds)
+        window = box_of(columns_of > 0, 0)
+        seeds, columns_of = seeds[:, *window], columns_of[window]
+        if not columns_of.size:
+            return walked
         # Cells of regions without a fragment are nobody's way.
-        regions = np.where(columns_of > 0, self._cells.ravel(), -1).reshape(self._cells.shape)
-        transition = csr_array(transition_matrix(self._edges, regions.astype(np.int32)))
-        shares = np.zeros_like(seeds)
+        regions = np.where(columns_of > 0, self._cells[window], np.int32(-1))
+        transition = csr_array(transition_matrix(self._edges[window], regions))
         for first in range(0, len(seeds), TOGETHER):
             # The walk of later columns is that of fewer regions.
-            own = np.flatnonzero(columns_of > first)
+            own = columns_of > first
             some = slice(first, first + TOGETHER)
+            places = np.flatnonzero(own)
             vectors = np.ascontiguousarray(seeds[some, own].T)
-            shares[some, own] = spread(transition[own][:, own], vectors, self._steps).T
-        return shares
+            walked[some, *window][:, own] = spread(transition[places][:, places], vectors, STEPS).T
+        return walked
 
     def _lifted(self, region: int, shares: NDArray[np.float32]) -> tuple[Box, NDArray[np.float32]]:
         """From cells to pixels of a region: bilinear, from cells of the region only, stretched to [0, 1]."""
