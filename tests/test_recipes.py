@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
@@ -257,3 +258,24 @@ def test_reliability_of_the_bundled_engines(
     assert number[9] == near[9] > 40 and total[9] == pytest.approx(0.95 * number[9])
     assert (tmp_path / "out.png").stat().st_size > 5000
     assert "lab-gradient" in capsys.readouterr().out
+
+
+def test_the_mean_of_two_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from trace_sdk.student.nano import NanoStudent
+
+    photos, cutouts = tmp_path / "photos", tmp_path / "cutouts"
+    for folder in (photos, cutouts):
+        folder.mkdir()
+    Image.new("RGB", (300, 300), (90, 120, 60)).save(photos / "plain.png")
+    stamp().save(cutouts / "stamp.png")
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))
+        NanoStudent(0.4).save(tmp_path / name, {})
+    folders = [str(tmp_path / name) for name in ("first", "second", "photos")]
+    arguments = ["average.py", *folders, "--cutouts", str(cutouts), "-o", str(tmp_path / "mean")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(RECIPE.parent / "trace-nano/average.py"), run_name="__main__")
+    first, second, mean = (NanoStudent.load(tmp_path / name) for name in ("first", "second", "mean"))
+    expected = (first.stem[0][0].weight + second.stem[0][0].weight) / 2
+    assert torch.allclose(mean.stem[0][0].weight, expected) and not torch.equal(expected, first.stem[0][0].weight)
+    assert 0 < mean.threshold < 1

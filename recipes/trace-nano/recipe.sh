@@ -28,7 +28,16 @@ python "$small/sample_photos.py" "$work/photos" "$work/nano/own" --count 1500
 trace-sdk cutouts "$work/nano/own" --engine "$work/nano/first.onnx" --size 384 -o "$work/nano/cutouts"
 trace-sdk self-train "$work/nano/student" "$work/nano/own" --cutouts "$work/nano/cutouts" --steps 2000 \
   -o "$work/nano/better"
-trace-sdk export "$work/nano/better" -o "$work/trace-nano.onnx" --name trace-nano
+
+# Once more, on larger scenes of more photos, with what it cuts out by now; of the two the mean.
+trace-sdk export "$work/nano/better" -o "$work/nano/second.onnx" --name trace-nano
+python "$small/sample_photos.py" "$work/photos" "$work/nano/more" --count 2500
+trace-sdk cutouts "$work/nano/more" --engine "$work/nano/second.onnx" --size 384 -o "$work/nano/more-cutouts"
+trace-sdk self-train "$work/nano/better" "$work/nano/more" "$work/train/backgrounds" --cutouts "$work/nano/more-cutouts" \
+  --steps 600 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/on"
+python "$here/average.py" "$work/nano/better" "$work/nano/on" "$work/nano/more" "$work/train/backgrounds" \
+  --cutouts "$work/nano/more-cutouts" -o "$work/nano/mean"
+trace-sdk export "$work/nano/mean" -o "$work/trace-nano.onnx" --name trace-nano
 
 python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"

@@ -97,6 +97,15 @@ def self_train(
     return better
 
 
+def calibrated_threshold(
+    before: NanoStudent, after: NanoStudent, scenes: OwnScenes, settings: SelfTrainSettings
+) -> float:
+    """The threshold of a student that was made from another one, on scenes as `self_train` chooses it."""
+    trainer = _Trainer(before, scenes, settings, "cpu")
+    trainer.training.average = after.eval()
+    return trainer.calibrate()
+
+
 class _Trainer:
     """What learns: all of a convolutional student; the decoder of one with a backbone, or all with LoRA.
 
