@@ -36,6 +36,12 @@ VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
 }
+SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 
 def sd15(device: str) -> Student:
@@ -44,11 +50,10 @@ def sd15(device: str) -> Student:
 
     from trace_sdk.backbones.families.sd import StableDiffusion
 
-    scheduler = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
     with torch.device(device):
         unet, encoder = diffusers.UNet2DConditionModel(sample_size=128, cross_attention_dim=768), vae()
     prompt = StableDiffusion.zero_prompt(dict(unet.config))
-    backbone = StableDiffusion(unet, encoder, {**scheduler, "beta_schedule": "scaled_linear"}, prompt, "")
+    backbone = StableDiffusion(unet, encoder, SD15_SCHEDULER, prompt, "")
     return Student(backbone)
 
 
@@ -165,7 +170,6 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="gpu-latency", help="of the files that are written")
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--wait", type=Path, help="get everything ready, then wait until this file is there")
     options = parser.parse_args()
     if not is_there(options.device):
         return 2
@@ -174,7 +178,6 @@ def main() -> int:
     packages = ["torch", "triton", "diffusers", "onnxruntime", "onnxruntime-gpu"]
     result = {**measured_on(options.device, packages), "photos": len(photos), "rows": rows}
     students: dict[str, Student] = {}
-    ready: list[tuple[str, EdgeDetector, float]] = []
 
     def failed(task: str) -> None:
         error = traceback.format_exc()
@@ -200,14 +203,7 @@ def main() -> int:
                 continue
             seconds = time.perf_counter() - start
             print(f"{task}: ready after {seconds:.1f} s; {detector.info}", flush=True)
-            if options.wait:
-                ready.append((task, detector, seconds))
-            else:
-                measured(task, detector, seconds)
-        while options.wait and not options.wait.exists():
-            time.sleep(0.1)
-        for item in ready:
-            measured(*item)
+            measured(task, detector, seconds)
     keep(result, to_markdown(result), options.out, options.name)
     return int(any("trouble" in row for row in rows))
 

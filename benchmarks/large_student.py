@@ -17,6 +17,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
+from gpu_latency import SD15_SCHEDULER, VAE
 
 from trace_sdk import EdgeDetector
 from trace_sdk.atomic import write_text
@@ -28,13 +29,6 @@ from trace_sdk.student.model import Student
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((1, 2, 4), (2, 4, 2))  # in place of verify.SHAPES: 64×128 and 128×64 px
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def save_student(folder: Path) -> int:
@@ -44,7 +38,7 @@ def save_student(folder: Path) -> int:
     vae = diffusers.AutoencoderKL(**VAE)
     vae.decoder = torch.nn.Identity()
     prompt = StableDiffusion.zero_prompt(dict(unet.config))
-    student = Student(StableDiffusion(unet, vae, SCHEDULER, prompt, ""))
+    student = Student(StableDiffusion(unet, vae, SD15_SCHEDULER, prompt, ""))
     torch.nn.init.normal_(student.decoder.residual.weight)
     student.save(folder, {})
     return sum(value.numel() for model in (unet, vae) for value in model.parameters())

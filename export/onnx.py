@@ -33,6 +33,7 @@ from trace_sdk.export.any_size import take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.mixed import KINDS, LIMITS, lower
+from trace_sdk.export.pictures import blobs
 from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.quality import DRAWN_SIDE, OdsChange, ods, pictures_with_truth
 from trace_sdk.export.quality import LIMITS as ODS_LIMITS
@@ -173,7 +174,7 @@ def export_onnx(
             change_on = f"{quantised.measured_on} photos not calibrated on"
             layers = {key: value for key, value in vars(quantised).items() if key not in ("model", "change")}
         elif precision in KINDS:
-            pictures, change_on = (fitted, f"{len(fitted)} photos") if fitted else (_blobs(side), "random blobs")
+            pictures, change_on = (fitted, f"{len(fitted)} photos") if fitted else (blobs(side), "random blobs")
             lowered = lower(model, precision, pictures, student.threshold, note=note)
             model, on_cpu, change = lowered.model, lowered.stand_in, lowered.change
             layers = {key: value for key, value in vars(lowered).items() if key not in ("model", "stand_in", "change")}
@@ -193,14 +194,14 @@ def export_onnx(
         answering: Model = held if on_cpu is None else on_cpu.SerializeToString()
         if precision == "int8" or precision in KINDS:
             note("checking fewer bits against PyTorch")
-            cuts = _cuts(fitted or _blobs(side), graph.student.multiple_of)
+            cuts = _cuts(fitted or blobs(side), graph.student.multiple_of)
             limit = PARITY_LIMIT_INT8 if precision == "int8" else 2 * LIMITS[precision]
             parity = verify(answering, graph, cuts, statistic=np.mean, limit=limit)
             if precision == "fp16-mixed":  # a CPU runs it in its own way: a wrong cast would show
                 verify(stored, graph, cuts, statistic=np.mean, limit=limit)
         elif precision == "fp16":
             verify(held, graph)
-            pictures, change_on = _blobs(side), "random blobs"
+            pictures, change_on = blobs(side), "random blobs"
             expected = [unrounded(picture) for picture in pictures]
             change = measure_change(expected, answers(held, pictures), student.threshold)
         edges = None
@@ -301,12 +302,6 @@ def _cuts(photos: Sequence[NDArray[np.uint8]], step: int) -> list[NDArray[np.uin
         pictures = [PIL.Image.fromarray(photos[number % len(photos)][0]) for number in range(batch)]
         cuts.append(np.stack([np.asarray(PIL.ImageOps.fit(picture, (width, height))) for picture in pictures]))
     return cuts
-
-
-def _blobs(side: int) -> list[NDArray[np.uint8]]:
-    """Four pictures uint8 [1, side, side, 3] of coloured blobs, the same each time."""
-    rough = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
-    return [np.array(PIL.Image.fromarray(one).resize((side, side)))[None] for one in rough]
 
 
 def _milliseconds(models: Sequence[Model], side: int) -> list[float]:

@@ -117,8 +117,7 @@ def test_latency_of_tasks_that_work_and_of_one_that_does_not(
 ) -> None:
     monkeypatch.setitem(latency.RANDOM, "sd15", lambda device: Student(tiny_backbone))
     tasks = ["sd15:torch:128", "trace-nano:onnxruntime:128", "trace-nano:torch:128"]
-    (tmp_path / "go").touch()
-    rest = ["--device", "cpu", "--runs", "2", "-o", str(tmp_path), "--wait", str(tmp_path / "go")]
+    rest = ["--device", "cpu", "--runs", "2", "-o", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["gpu_latency", *tasks, *rest])
     assert latency.main() == 1
     rows = {row["task"]: row for row in json.loads((tmp_path / "gpu-latency.json").read_text())["rows"]}

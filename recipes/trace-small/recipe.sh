@@ -19,6 +19,7 @@ case $device in
     crops=(--tokens 4800 --size 256 --size 320 --batches 150)
     joint=(--steps 140 --lora-from 0.8)
     decoder=(--steps 1100 --lora-from 1)
+    stages=(joint decoder)
     share=0.85
     ;;
   cuda)
@@ -29,7 +30,7 @@ case $device in
     blocks=(--block 2 --block 3 --block 4 --block 5 --block 6 --block 7 --block 8)
     crops=(--tokens 65536 --size 192 --size 256 --size 320 --workers 15)
     joint=(--steps 200 --lora-from 0.3)
-    decoder=("${joint[@]}")
+    stages=(joint)
     share=0.8
     ;;
   *)
@@ -50,7 +51,7 @@ for part in scenes:448 photos:800; do
 done
 
 # First decoder and LoRA, then the decoder alone on the backbone that LoRA left.
-for stage in joint decoder; do
+for stage in "${stages[@]}"; do
   declare -n settings=$stage
   trace-sdk distill "$work/distil" --labels "$work/labels" --backbone "$work/backbone" "${crops[@]}" "${settings[@]}" \
     --device "$device" -o "$work/student"

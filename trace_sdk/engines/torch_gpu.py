@@ -6,11 +6,7 @@ torch is imported when the functions are called, since engines without it must s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import PIL.Image
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,12 +30,13 @@ def lower(graph: EngineGraph) -> tuple[str, str]:
     import torch
 
     from trace_sdk.backbones.latent import LatentBackbone
+    from trace_sdk.export.pictures import blobs
 
     backbone = getattr(graph.student, "backbone", None)
     if not isinstance(backbone, LatentBackbone):
         return "fp32", ""
     side = min(graph.student.default_size, LOOKED_AT) // graph.student.multiple_of * graph.student.multiple_of
-    picture = torch.from_numpy(_blobs(max(side, graph.student.min_size))).to(backbone.device)
+    picture = torch.from_numpy(blobs(max(side, graph.student.min_size))[0]).to(backbone.device)
 
     def answer() -> Tensor:
         with torch.no_grad():
@@ -88,9 +85,3 @@ class Captured:
         self._image.copy_(image)
         self._graph.replay()
         return self._answer
-
-
-def _blobs(side: int) -> NDArray[Any]:
-    """One picture uint8 [1, side, side, 3] of coloured blobs, the same each time."""
-    rough = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
-    return np.array(PIL.Image.fromarray(rough).resize((side, side)))[None]
