@@ -19,6 +19,7 @@ if not torch.cuda.is_available() and find_spec("triton"):
 
     del os.environ["TRITON_INTERPRET"]
 
+from trace_sdk.backbones.families.sd import StableDiffusion
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.engines.manifest import Manifest, seal
 
@@ -112,6 +113,26 @@ def tiny_backbone() -> PixelBackbone:
             block.norm.linear.bias.normal_(std=0.3)
             block.attn.norm_q.weight.fill_(2.0)
     return backbone.eval()
+
+
+@pytest.fixture(scope="session")
+def new_latent_backbone() -> Callable[[], StableDiffusion]:
+    """Makes a latent backbone with a UNet of real stages, 32 channels wide, its weights from torch's current seed."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    def make() -> StableDiffusion:
+        unet = UNet2DConditionModel(
+            sample_size=16, cross_attention_dim=8, block_out_channels=(32, 32), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+        )  # fmt: skip
+        down = ("DownEncoderBlock2D",) * 4
+        vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=2, down_block_types=down)
+        scheduler = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
+        prompt = StableDiffusion.zero_prompt(dict(unet.config))
+        return StableDiffusion(unet, vae, {**scheduler, "beta_schedule": "scaled_linear"}, prompt, "")
+
+    return make
 
 
 @pytest.fixture(scope="session")

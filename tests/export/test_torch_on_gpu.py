@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from trace_sdk.backbones.families.sd import StableDiffusion
 from trace_sdk.engines import torch_gpu
 from trace_sdk.export.graph import EngineGraph, without_python
 from trace_sdk.student.model import Student
 
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
 
 @pytest.fixture(scope="module")
-def latent_student() -> Student:
-    """A UNet of real stages, eight channels wide."""
+def latent_student(new_latent_backbone: Callable[[], StableDiffusion]) -> Student:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16, cross_attention_dim=8, block_out_channels=(16, 16), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=1,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 4)
-    backbone = StableDiffusion(unet, vae, SCHEDULER, StableDiffusion.zero_prompt(dict(unet.config)), "")
-    student = Student(backbone).eval()
+    student = Student(new_latent_backbone()).eval()
     torch.nn.init.normal_(student.decoder.residual.weight)
     with torch.no_grad():
         for value in student.parameters():

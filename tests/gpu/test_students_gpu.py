@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector
@@ -17,23 +17,17 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.student.model import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no GPU")
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def latent() -> StableDiffusion:
-    unet = UNet2DConditionModel(
-        sample_size=16, cross_attention_dim=8, block_out_channels=(32, 32), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 4)
-    return StableDiffusion(unet, vae, SCHEDULER, StableDiffusion.zero_prompt(dict(unet.config)), "")
 
 
 @pytest.fixture(params=["pixel", "sd"])
-def folder(request: pytest.FixtureRequest, tiny_backbone: PixelBackbone, tmp_path: Path) -> Path:
+def folder(
+    request: pytest.FixtureRequest,
+    tiny_backbone: PixelBackbone,
+    new_latent_backbone: Callable[[], StableDiffusion],
+    tmp_path: Path,
+) -> Path:
     torch.manual_seed(1)
-    student = Student(tiny_backbone if request.param == "pixel" else latent()).eval()
+    student = Student(tiny_backbone if request.param == "pixel" else new_latent_backbone()).eval()
     torch.nn.init.normal_(student.decoder.residual.weight)
     student.save(tmp_path / "mine", {})
     return tmp_path / "mine"
