@@ -96,6 +96,6 @@ def test_it_does_not_train_itself(parts: tuple[Path, Path], photos: Path, tmp_pa
     cutout = np.zeros((60, 60, 4), np.uint8)
     cutout[10:50, 10:50] = (255, 0, 0, 255)
     Image.fromarray(cutout).save(tmp_path / "cutout.png")
-    scenes = OwnScenes([photos], tmp_path, 0)
+    scenes = OwnScenes([photos], [tmp_path], 0)
     with pytest.raises(ArgumentError, match="train its parts"):
         self_train(student, scenes, tmp_path / "out", SelfTrainSettings(steps=1, size=128))

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
 from scipy.ndimage import label
+from torch import Tensor
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
@@ -98,16 +100,58 @@ def test_shapes_are_whole_and_differ() -> None:
 
 
 def test_a_scene_tells_exactly_where_something_was_pasted(plain: Path, cutouts: Path) -> None:
-    scenes = OwnScenes([plain], cutouts, seed=3)
-    images, ridges = scenes.batch(5, 8, 96)
+    scenes = OwnScenes([plain], [cutouts], seed=3)
+    images, ridges, inside = scenes.batch(5, 8, 96)
     assert images.shape == (8, 3, 96, 96) and ridges.shape == (8, 96, 96)
     assert images.abs().max() <= 1 and ridges.min() >= 0 and ridges.max() == 1
     slope = (images.diff(dim=2)[..., 1:].abs() + images.diff(dim=3)[:, :, 1:].abs()).sum(1)
     near, far = ridges[:, 1:, 1:] > 0.5, ridges[:, 1:, 1:] == 0
     assert slope[near].mean() > 10 * slope[far].mean()
-    again, _ = OwnScenes([plain], cutouts, seed=3).batch(5, 8, 96)
-    other, _ = scenes.batch(6, 8, 96)
+    shown = images[:, 0] != images[:, 0, :1, :1]  # the ground is plain
+    assert inside.dtype == torch.bool and inside.any() and not inside.all()
+    assert (ridges[~inside] > 0).any() and shown[inside].float().mean() > 0.9
+    again, *_ = OwnScenes([plain], [cutouts], seed=3).batch(5, 8, 96)
+    other, *_ = scenes.batch(6, 8, 96)
     assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    few, many, green = tmp_path / "few", tmp_path / "many", tmp_path / "green"
+    for folder, count, light in ((few, 1, 255), (many, 30, 0)):
+        folder.mkdir()
+        for number in range(count):
+            Image.new("RGB", (160, 140), (light, light, light)).save(folder / f"{number}.png")
+    green.mkdir()
+    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
+    disc[..., :3] = (20, 220, 20)
+    for number in range(30):
+        Image.fromarray(disc, "RGBA").save(green / f"{number}.png")
+    images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
+    ground = torch.stack([image.mean(0)[~own].median() for image, own in zip(images, inside, strict=True)])
+    assert 20 <= int((ground > 0).sum()) <= 40
+    things = images.permute(0, 2, 3, 1)[inside]
+    red, greenish, blue = (int((things.argmax(1) == channel).sum()) for channel in range(3))
+    assert 0.3 < greenish / (red + greenish + blue) < 0.7
+
+
+def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
+    plain: Path, cutouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets: list[Tensor] = []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        targets.append(target)
+        return F.mse_loss(logits, target)
+
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", loss)
+    scenes = OwnScenes([plain], [cutouts], seed=0)
+    torch.manual_seed(0)
+    self_train(NanoStudent(0.4).eval(), scenes, tmp_path, replace(SHORT, steps=1))
+    target, (_, ridges, inside) = targets[0], scenes.batch(0, SHORT.crops, SHORT.size)
+    flat = ridges == 0
+    assert (target[ridges == 1] == 1).all()
+    # A new student answers with the gradient's odds, which are alike wherever nothing is to be seen.
+    assert target[flat & ~inside].median() == pytest.approx(4 * float(target[flat & inside].median()), rel=0.3)
 
 
 def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path) -> None:
@@ -115,7 +159,7 @@ def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_pa
         if step == 2:
             raise Stop
 
-    scenes = OwnScenes([plain], cutouts, seed=0)
+    scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
     NanoStudent(0.4).save(tmp_path / "start", {})
     whole = self_train(open_student(tmp_path / "start"), scenes, tmp_path / "whole", SHORT)
@@ -128,13 +172,13 @@ def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_pa
 
 
 def test_outlines_are_learnt_and_the_rest_fades(plain: Path, cutouts: Path, tmp_path: Path) -> None:
-    scenes = OwnScenes([plain], cutouts, seed=0)
+    scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
     before = NanoStudent(0.4).eval()
     settings = SelfTrainSettings(steps=60, crops=4, size=64, learning_rate=1e-2)
     NanoStudent(0.4).save(tmp_path / "start", {})
     after = self_train(open_student(tmp_path / "start"), scenes, tmp_path / "after", settings)
-    images, ridges = scenes.batch(1 << 20, 16, 64)
+    images, ridges, _ = scenes.batch(1 << 20, 16, 64)
 
     @torch.inference_mode()
     def error(student: NanoStudent) -> float:
@@ -153,7 +197,7 @@ def test_of_a_student_with_a_backbone_the_decoder_learns_alone(
 ) -> None:
     torch.manual_seed(0)
     Student(tiny_backbone).save(tmp_path / "start", {})
-    self_train(open_student(tmp_path / "start"), OwnScenes([plain], cutouts, 0), tmp_path / "better", SHORT)
+    self_train(open_student(tmp_path / "start"), OwnScenes([plain], [cutouts], 0), tmp_path / "better", SHORT)
     start, better = open_student(tmp_path / "start").state_dict(), open_student(tmp_path / "better").state_dict()
     changed = {name for name, value in start.items() if not torch.equal(value, better[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
@@ -168,7 +212,7 @@ def test_with_lora_attention_learns_too_and_a_cut_run_ends_the_same(
 
     torch.manual_seed(0)
     Student(tiny_backbone, blocks=[0]).save(tmp_path / "start", {})
-    scenes, settings = OwnScenes([plain], cutouts, 0), replace(SHORT, lora_rank=4, learning_rate=1e-1)
+    scenes, settings = OwnScenes([plain], [cutouts], 0), replace(SHORT, lora_rank=4, learning_rate=1e-1)
     terms: list[dict[str, float]] = []
     self_train(
         open_student(tmp_path / "start"),
@@ -191,7 +235,7 @@ def test_with_lora_attention_learns_too_and_a_cut_run_ends_the_same(
 
 def test_lora_needs_a_backbone(plain: Path, cutouts: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="LoRA rank of 4 does not suit"):
-        self_train(NanoStudent(), OwnScenes([plain], cutouts, 0), tmp_path, replace(SHORT, lora_rank=4))
+        self_train(NanoStudent(), OwnScenes([plain], [cutouts], 0), tmp_path, replace(SHORT, lora_rank=4))
 
 
 def test_what_was_trained_before_learns_at_a_tenth_of_the_rate() -> None:
@@ -209,14 +253,14 @@ def test_what_was_trained_before_learns_at_a_tenth_of_the_rate() -> None:
 def test_settings_out_of_range(change: dict, plain: Path, cutouts: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="multiple of 32"):
         self_train(
-            NanoStudent(), OwnScenes([plain], cutouts, 0), tmp_path, SelfTrainSettings(**{**vars(SHORT), **change})
+            NanoStudent(), OwnScenes([plain], [cutouts], 0), tmp_path, SelfTrainSettings(**{**vars(SHORT), **change})
         )
     assert not list(tmp_path.iterdir())
 
 
 def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="No photos in"):
-        OwnScenes([plain], tmp_path / "none", 0)
+        OwnScenes([plain], [tmp_path / "none"], 0)
 
 
 def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:

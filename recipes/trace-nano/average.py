@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
     before, mean = NanoStudent.load(options.first), average(options.first, options.second)
-    scenes = OwnScenes(options.photos, options.cutouts, seed=7)
+    scenes = OwnScenes(options.photos, [options.cutouts], seed=7)
     mean.threshold = calibrated_threshold(before, mean, scenes, SelfTrainSettings(size=256, seed=7))
     mean.save(options.out, {"mean_of": [options.first.name, options.second.name]})
 

@@ -14,7 +14,11 @@ from trace_sdk.cli.options import torch_device_option, workers_option
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
 @click.option(
-    "--cutouts", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk cutouts` wrote."
+    "--cutouts",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder that `trace-sdk cutouts` wrote; may be given several times.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")
 @click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
@@ -30,7 +34,7 @@ from trace_sdk.cli.options import torch_device_option, workers_option
 def command(
     student: Path,
     photos: tuple[Path, ...],
-    cutouts: Path,
+    cutouts: tuple[Path, ...],
     out: Path,
     steps: int,
     crops: int,
@@ -45,7 +49,8 @@ def command(
 
     No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. A third of the scenes
     has random shapes of the photos instead. Of a student with a backbone the decoder learns, with --lora-rank the
-    backbone too. The state is saved every two minutes and on Ctrl-C: run the same command again to go on.
+    backbone too. Every folder counts the same, however many pictures it has: keep a few varied, sharp photos in one of
+    their own. The state is saved every two minutes and on Ctrl-C: run the same command again to go on.
 
     \b
       trace-sdk export runs/nano -o first.onnx
@@ -63,7 +68,7 @@ def command(
     settings = SelfTrainSettings(
         steps=steps, crops=crops, size=size, lora_rank=lora_rank, learning_rate=learning_rate, seed=seed
     )
-    scenes = OwnScenes(list(photos), cutouts, seed)
+    scenes = OwnScenes(photos, cutouts, seed)
     with progress("self-train", total=steps, done=steps_done(out)) as advance:
         self_train(
             open_student(student),

@@ -6,7 +6,9 @@ of photos; where they were pasted is known to the pixel, whatever was cut out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,33 +28,51 @@ BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they a
 RIM = 1.0  # σ of the outline's ridge, pixels
 PEAK = 0.4  # about 1/√(2π): what that Gaussian leaves of a straight line, a pixel wide
 NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
+MOST = 7  # cut-outs that `compose` lays into one scene
 MARGIN = 32  # pixels by which a scene is larger than what is seen of it
+
+
+class Scenes(NamedTuple):
+    """A batch: images float [B, 3, S, S] in [−1, 1]; over the outlines of what was pasted ridges [B, S, S] in [0, 1].
+
+    inside: bool [B, S, S], where something was pasted.
+    """
+
+    images: Tensor
+    ridges: Tensor
+    inside: Tensor
 
 
 class OwnScenes:
     """Scenes of own cut-outs over photos, each batch a function of (seed, step) alone.
 
+    Every folder counts the same, however many pictures it has: a few varied photos are not lost among many alike.
+
     Args:
-        photos: folders of photos, backgrounds and material of shapes. cutouts: folder of RGBA cut-outs.
+        photos: folders of photos, backgrounds and material of shapes. cutouts: folders of RGBA cut-outs.
 
     Raises:
         DatasetError: no photos or cut-outs, or one cannot be read.
     """
 
-    def __init__(self, photos: list[Path], cutouts: Path, seed: int) -> None:
-        self._photos, self._cutouts, self._seed = list_photos(photos), load_cutouts(cutouts), seed
+    def __init__(self, photos: Sequence[Path], cutouts: Sequence[Path], seed: int) -> None:
+        self._photos = [list_photos([folder]) for folder in photos]
+        self._cutouts = [load_cutouts(folder) for folder in cutouts]
+        self._seed = seed
 
-    def batch(self, step: int, count: int, size: int) -> tuple[Tensor, Tensor]:
-        """Images float [count, 3, size, size] in [−1, 1]; ridges over the outlines [count, size, size] in [0, 1]."""
+    def batch(self, step: int, count: int, size: int) -> Scenes:
+        """`count` scenes of `size` px a side."""
         rng = np.random.default_rng([self._seed, step])
-        images, ridges = zip(*(self._scene(rng, size) for _ in range(count)), strict=True)
+        images, ridges, inside = zip(*(self._scene(rng, size) for _ in range(count)), strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels, torch.from_numpy(np.stack(ridges))
+        return Scenes(pixels, torch.from_numpy(np.stack(ridges)), torch.from_numpy(np.stack(inside)))
 
-    def _scene(self, rng: np.random.Generator, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _scene(
+        self, rng: np.random.Generator, size: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         whole = size + MARGIN
         background = self._crop(rng, whole)
-        cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._cutouts
+        cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._drawn(rng)
         scene = compose(rng, cutouts, background)
         ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / PEAK, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
@@ -61,7 +81,12 @@ class OwnScenes:
         if rng.random() < BLURRED:
             sigma = rng.uniform(*BLUR)
             rgb = gaussian_filter(rgb, (sigma, sigma, 0))
-        return rgb, ridge[seen]
+        return rgb, ridge[seen], scene.ids[seen] > 0
+
+    def _drawn(self, rng: np.random.Generator) -> list[Image.Image]:
+        """As many cut-outs as a scene shows, each of a folder drawn first."""
+        folders = [self._cutouts[i] for i in rng.integers(len(self._cutouts), size=MOST)]
+        return [folder[rng.integers(len(folder))] for folder in folders]
 
     def _shapes(self, rng: np.random.Generator, background: RGB) -> list[Image.Image]:
         """Shapes of photos whose mean colours come near the background's: there, texture alone tells them apart."""
@@ -73,4 +98,5 @@ class OwnScenes:
         return shapes
 
     def _crop(self, rng: np.random.Generator, size: int) -> RGB:
-        return random_crop(rng, open_photo(self._photos[rng.integers(len(self._photos))]), size)
+        folder = self._photos[rng.integers(len(self._photos))]
+        return random_crop(rng, open_photo(folder[rng.integers(len(folder))]), size)

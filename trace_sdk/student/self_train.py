@@ -2,7 +2,8 @@
 
 The teacher's labels, and so the student, draw texture as well, and draw weakly where two things look alike. What the
 student cuts out of one photo and what is pasted over another has an outline that is known exactly. Elsewhere in the
-scene the student as it was is believed in part: real edges are there, too.
+scene the student as it was is believed in part: real edges are there, too; less so inside of what was pasted, where
+most are texture and parts.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.losses import reconstruction_loss
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
-from trace_sdk.student.own_scenes import OwnScenes
+from trace_sdk.student.own_scenes import OwnScenes, Scenes
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.crops import step_generator
 from trace_sdk.training.loop import Report, train_until
 
 BELIEVED = 0.4  # share of the student's own edge probability that it learns where nothing was pasted
+BELIEVED_INSIDE = 0.1  # and inside of what was
 CALIBRATION = 1 << 30  # steps that training never reaches
 
 
@@ -130,18 +132,19 @@ class _Trainer:
             careful = [value for value in student.backbone.denoiser.parameters() if value.requires_grad]
         self.training = AveragedTraining(learner, settings.learning_rate, settings.steps, careful)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        images, ridges = self.scenes.batch(step, self.settings.crops, self.settings.size)
-        return change_light(images, step_generator(self.settings.seed, step)), ridges
+    def batch(self, step: int) -> Scenes:
+        scenes = self.scenes.batch(step, self.settings.crops, self.settings.size)
+        return scenes._replace(images=change_light(scenes.images, step_generator(self.settings.seed, step)))
 
-    def train(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-        images, ridges = (x.to(self.device) for x in batch)
+    def train(self, batch: Scenes) -> dict[str, float]:
+        images, ridges, inside = (x.to(self.device) for x in batch)
         answers = self._answers(images)
         with torch.no_grad():
             before = answers(self.before)
         self.rebuilt = torch.zeros((), device=self.device)
         logits = answers(self.training.model.train())
-        believed = BELIEVED * before.sigmoid() * (1 - ridges)
+        share = torch.where(inside, BELIEVED_INSIDE, BELIEVED)
+        believed = share * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
         self.training.step(loss + self.rebuilt, self.step)
         self.step += 1
@@ -195,7 +198,7 @@ class _Trainer:
         probabilities: list[Tensor] = []
         truths: list[Tensor] = []
         for step in range(batches):
-            images, ridges = (x.to(self.device) for x in self.batch(CALIBRATION + step))
+            images, ridges, _ = (x.to(self.device) for x in self.batch(CALIBRATION + step))
             answers = self._answers(images, pyramid=True)
             outline = ridges > 0.5
             known = outline | (answers(self.before).sigmoid() < self.student.threshold)
