@@ -21,7 +21,7 @@ from trace_sdk.pretraining.pretrain import (
     sample_timesteps,
 )
 from trace_sdk.pretraining.scenes import compose
-from trace_sdk.pretraining.training_images import TrainingImages, list_photos, open_cutout
+from trace_sdk.pretraining.training_images import TrainingImages, list_photos, open_cutout, random_crop
 from trace_sdk.student import distill as distill_module
 from trace_sdk.student.calibrate import best_threshold
 from trace_sdk.student.colour_gradient import ColourGradient
@@ -162,6 +162,22 @@ def test_scene_ids_show_where_each_instance_is(cutouts: Path) -> None:
             assert green[scene.ids > 0].mean() > green[scene.ids == 0].mean() + 20
         counts.append(scene.ids.max())
     assert max(counts) >= 3
+
+
+def test_pictures_are_enlarged_no_more_than_asked() -> None:
+    rgba = np.full((12, 12, 4), (20, 220, 20, 255), np.uint8)
+    sprites = [Image.fromarray(np.pad(rgba, ((4, 4), (4, 4), (0, 0))), "RGBA")]
+    background = np.full((96, 96, 3), 200, np.uint8)
+    largest = {1.0: 0, 3.0: 0}
+    for enlarged in largest:
+        for seed in range(20):
+            ids = compose(np.random.default_rng(seed), sprites, background, enlarged).ids
+            largest[enlarged] = max(largest[enlarged], *(int((ids == n).sum()) for n in range(1, 8)))
+    assert 100 < largest[1.0] <= 200 < 500 < largest[3.0]
+    ramp = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8), (60, 1)))
+    seen = [random_crop(np.random.default_rng(seed), ramp, 80, enlarged) for seed in range(10) for enlarged in (1.1, 2)]
+    spans = [int(np.ptp(crop[..., 0])) for crop in seen]
+    assert min(spans[::2]) == 59 and min(spans[1::2]) < 50
 
 
 def test_opaque_cutout_and_empty_folder_are_errors(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from trace_sdk.edge_map import EdgeMap
 CUTS = (0.7, 1.0)  # cuts through the hierarchy, shares of the engine's threshold: things and their parts
 CLEAN = 0.5  # score of a clean outline, as a share of that threshold
 AREA = (600, 0.3)  # smallest in pixels, largest as a share of the photo
-SHORTEST = 40  # pixels of the longer side
+SHORTEST = 60  # pixels of the longer side
 FILLED = 0.35  # share of its box that a thing fills
 SOFT = 0.6  # σ of the alpha's ramp, pixels; drawn in, so that the outside's colour stays out
 

@@ -7,6 +7,7 @@ only; no training step reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,14 @@ class Scene:
     ids: NDArray[np.uint8]
 
 
-def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RGB) -> Scene:
+def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RGB, enlarged: float = inf) -> Scene:
     """Lay one to seven instances of RGBA cut-outs over `background` uint8 [S, S, 3].
 
     Half of the scenes show several instances of one object side by side, the case that edges must tell apart
     and semantics cannot.
+
+    Args:
+        enlarged: how many times as large as they are cut-outs may be shown: above 1 blur gives them away.
     """
     size = background.shape[0]
     canvas = jitter(rng, background.astype(np.float32))
@@ -36,7 +40,7 @@ def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RG
     same = rng.random() < 0.5
     count = int(rng.integers(2, 6)) if same else int(rng.integers(1, 8))
     shared = cutouts[rng.integers(len(cutouts))]
-    longest = size * rng.uniform(0.28, 0.55)
+    longest = min(size * rng.uniform(0.28, 0.55), enlarged * max(shared.size))
     centre = rng.uniform(0.25, 0.75, 2) * size
     heading = rng.uniform(0, 2 * np.pi)
     step = np.array([np.cos(heading), np.sin(heading)])
@@ -46,7 +50,8 @@ def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RG
             sprite = _pose(rng, shared, longest * rng.uniform(0.9, 1.1), tilt=8)
         else:
             place = rng.uniform(0.1, 0.9, 2) * size
-            sprite = _pose(rng, cutouts[rng.integers(len(cutouts))], size * rng.uniform(0.2, 0.65), tilt=20)
+            cutout = cutouts[rng.integers(len(cutouts))]
+            sprite = _pose(rng, cutout, min(size * rng.uniform(0.2, 0.65), enlarged * max(cutout.size)), tilt=20)
         _paste(rng, canvas, ids, sprite, place, number)
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), ids)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,14 @@ def list_photos(folders: list[Path]) -> list[Path]:
     return found
 
 
-def random_crop(rng: np.random.Generator, photo: Image.Image, size: int) -> RGB:
-    """A square crop of 50–100 % of the short side, resized to `size`, mirrored half of the time: [S, S, 3]."""
+def random_crop(rng: np.random.Generator, photo: Image.Image, size: int, enlarged: float = inf) -> RGB:
+    """A square crop of 50–100 % of the short side, resized to `size`, mirrored half of the time: [S, S, 3].
+
+    Args:
+        enlarged: how many times as large as it is the photo may be shown; where it is too small for that, whole.
+    """
     short = min(photo.size)
-    side = max(1, round(short * rng.uniform(0.5, 1.0)))
+    side = max(1, round(short * rng.uniform(min(1.0, max(0.5, size / enlarged / short)), 1.0)))
     left, top = rng.integers(0, photo.width - side + 1), rng.integers(0, photo.height - side + 1)
     box = (int(left), int(top), int(left) + side, int(top) + side)
     crop = np.asarray(photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box))

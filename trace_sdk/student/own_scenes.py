@@ -23,6 +23,7 @@ from trace_sdk.pretraining.shapes import SIDE, cut_shape
 from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
 
 SHAPES = 0.3  # share of scenes of random shapes
+ENLARGED = 1.1  # times as large as they are photos and cut-outs are shown at most, so that all is as sharp
 BLURRED = 0.5  # share of scenes that are blurred
 BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they are
 RIM = 1.0  # σ of the outline's ridge, pixels
@@ -73,7 +74,7 @@ class OwnScenes:
         whole = size + MARGIN
         background = self._crop(rng, whole)
         cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._drawn(rng)
-        scene = compose(rng, cutouts, background)
+        scene = compose(rng, cutouts, background, ENLARGED)
         ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / PEAK, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
         seen = np.s_[top : top + size, left : left + size]
@@ -99,4 +100,4 @@ class OwnScenes:
 
     def _crop(self, rng: np.random.Generator, size: int) -> RGB:
         folder = self._photos[rng.integers(len(self._photos))]
-        return random_crop(rng, open_photo(folder[rng.integers(len(folder))]), size)
+        return random_crop(rng, open_photo(folder[rng.integers(len(folder))]), size, ENLARGED)
