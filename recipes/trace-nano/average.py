@@ -2,7 +2,8 @@
 
 python recipes/trace-nano/average.py FIRST SECOND PHOTOS… --cutouts CUTOUTS -o OUT
 
-FIRST and SECOND are folders of convolutional students. The threshold is chosen as `trace-sdk self-train` does.
+FIRST and SECOND are folders of convolutional students. How sure the mean is, and its threshold, are settled as by
+`trace-sdk self-train`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 
 from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
-from trace_sdk.student.self_train import SelfTrainSettings, calibrated_threshold
+from trace_sdk.student.self_train import SelfTrainSettings, calibrate
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     before, mean = NanoStudent.load(options.first), average(options.first, options.second)
     scenes = OwnScenes(options.photos, [options.cutouts], seed=7)
-    mean.threshold = calibrated_threshold(before, mean, scenes, SelfTrainSettings(size=256, seed=7))
+    calibrate(before, mean, scenes, SelfTrainSettings(size=256, seed=7))
     mean.save(options.out, {"mean_of": [options.first.name, options.second.name]})
 
 

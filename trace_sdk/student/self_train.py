@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_sdk.errors import ArgumentError
-from trace_sdk.student.calibrate import best_threshold
+from trace_sdk.student.calibrate import best_threshold, rise_to_mean
 from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
@@ -99,13 +99,11 @@ def self_train(
     return better
 
 
-def calibrated_threshold(
-    before: NanoStudent, after: NanoStudent, scenes: OwnScenes, settings: SelfTrainSettings
-) -> float:
-    """The threshold of a student that was made from another one, on scenes as `self_train` chooses it."""
+def calibrate(before: NanoStudent, after: NanoStudent, scenes: OwnScenes, settings: SelfTrainSettings) -> None:
+    """Make a student as sure as the one that it was made of, and choose its threshold, both as `self_train` does."""
     trainer = _Trainer(before, scenes, settings, "cpu")
     trainer.training.average = after.eval()
-    return trainer.calibrate()
+    after.threshold = trainer.calibrate()
 
 
 class _Trainer:
@@ -177,7 +175,7 @@ class _Trainer:
         return logits
 
     def finished(self) -> Student | NanoStudent:
-        """The student with the averaged weights, and a threshold for them."""
+        """The student with the averaged weights, as sure of photos as it was, and a threshold for it."""
         threshold, average = self.calibrate(), self.training.average
         if isinstance(self.student, Student) and isinstance(average, EdgeDecoder):
             self.student.decoder = average
@@ -191,20 +189,25 @@ class _Trainer:
 
     @torch.inference_mode()
     def calibrate(self, batches: int = 6) -> float:
-        """The threshold of the best F-measure on outlines of scenes that were not learnt from.
+        """Make the average as sure of photos as the student was, and find the threshold of its best F-measure.
 
-        Where nothing was pasted and the student before drew an edge, nobody knows: those pixels are left out.
+        Where nothing was pasted it learnt a share of the edges it had, which sets outlines apart: all log-odds are
+        raised alike until those pixels have the mean probability that they had. Both on scenes that were not learnt
+        from. Where nothing was pasted and the student before drew an edge, nobody knows: left out of the F-measure.
         """
-        probabilities: list[Tensor] = []
-        truths: list[Tensor] = []
+        parts: list[tuple[Tensor, ...]] = []
         for step in range(batches):
-            images, ridges, _ = (x.to(self.device) for x in self.batch(CALIBRATION + step))
+            images, ridges, inside = (x.to(self.device) for x in self.batch(CALIBRATION + step))
             answers = self._answers(images, pyramid=True)
-            outline = ridges > 0.5
-            known = outline | (answers(self.before).sigmoid() < self.student.threshold)
-            probabilities.append(answers(self.training.average).sigmoid()[known])
-            truths.append(outline[known])
-        return best_threshold(torch.cat(probabilities), torch.cat(truths))[0]
+            parts.append((answers(self.before), answers(self.training.average), ridges, inside))
+        before, logits, ridges, inside = (torch.cat(values) for values in zip(*parts, strict=True))
+        photo = ~inside & (ridges == 0)
+        rise = rise_to_mean(logits[photo], float(before[photo].sigmoid().mean()))
+        average = self.training.average
+        (average.decoder if isinstance(average, Student) else average).raise_logits(rise)  # type: ignore[operator]
+        outline = ridges > 0.5
+        known = outline | (before.sigmoid() < self.student.threshold)
+        return best_threshold((logits + rise).sigmoid()[known], outline[known])[0]
 
     def save(self, file: Path) -> None:
         self.training.save(file, self.step, asdict(self.settings))
