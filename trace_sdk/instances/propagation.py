@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, seen_from, union, widened
+from trace_sdk.instances.dividing import with_sides
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.joining import Candidate, join_masks
 from trace_sdk.instances.outlines import QUIET, Strengths, better_parts, log_odds, without_holes
@@ -106,7 +107,7 @@ def propagate(
         common = np.count_nonzero(best.within(one.given.box) & one.given.inside)
         agreement = common / (best.area + one.given.area - common)
         found.append(Candidate(best, float(scores[one.source] * agreement), [one.source], (height, width)))
-    joined = join_masks(found, probability)
+    joined = with_sides(join_masks(found, probability), probability)
     runs = [one.rle for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
     return RefinedMasks(
