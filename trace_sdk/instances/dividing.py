@@ -21,7 +21,7 @@ from trace_sdk.instances.joining import Candidate
 from trace_sdk.instances.outlines import QUIET, log_odds
 from trace_sdk.instances.watershed import watershed
 
-CELLS = 48  # longest side of the grid on which a mask is looked at
+CELLS = 40  # longest side of the grid on which a mask is looked at
 SIDE = 0.08  # share of the mask that each side of a line has
 SHAPE = 0.3  # height of the relief at the outline, above the mask's innermost cell, to an edge of probability 1
 LEVELS = 50  # minima of the relief differ by 1/50
@@ -31,8 +31,8 @@ NECK = -1.0  # log of its length to the diameter of a disc like the smaller side
 BALANCE = 1.5  # log of the smaller side's share of the mask
 CONCAVE = 12.0  # share of the mask around its ends, half on a straight outline
 EDGE = 0.75  # log-odds of the edge probability on it, above those inside the mask
-ONE = 13.0  # and what speaks for one thing in any case
-LIKELY = 0.005  # chance of two things from which both are given
+ONE = 13.5  # and what speaks for one thing in any case
+LIKELY = 0.003  # chance of two things from which both sides are given
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,10 @@ class Division:
 
 
 def with_sides(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> list[Candidate]:
-    """The masks of a picture, and both sides of those that are two by a chance of LIKELY or more.
+    """The masks of a picture, and both sides of those that may be two.
 
-    A mask's score is multiplied by the chance that it is one; a side has the mask's score times the chance that it is
-    two, times the IoU of side and mask.
+    Such a mask's score is multiplied by the chance that it is one; a side has the mask's score times the chance that it
+    is two, times the IoU of side and mask.
     """
     found = []
     for one, division in zip(masks, divisions([one.mask for one in masks], probability), strict=True):
@@ -55,14 +55,13 @@ def with_sides(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> 
             found.append(one)
             continue
         found.append(replace(one, score=one.score * (1 - division.chance)))
-        if division.chance >= LIKELY:
-            for side in division.sides:
-                found.append(replace(one, mask=side, score=one.score * division.chance * side.area / one.mask.area))
+        for side in division.sides:
+            found.append(replace(one, mask=side, score=one.score * division.chance * side.area / one.mask.area))
     return found
 
 
 def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> list[Division | None]:
-    """Of each mask the likeliest line; None where there is none.
+    """Of each mask the likeliest line; None where its chance is under LIKELY, or there is none.
 
     All masks lie on one sheet, each on a grid of its own, so that each step is taken once for all. What is summed up
     over several borders are whole numbers: the order of the masks does not matter.
@@ -77,7 +76,7 @@ def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> l
     count = int(pieces.max()) + 1
     areas = np.bincount(pieces[inside], minlength=count)
     owners = np.zeros(count, np.intp)
-    owners[pieces[inside]] = np.nonzero(inside)[0]
+    owners[pieces[inside]] = np.flatnonzero(inside) // inside[0].size
     wholes = np.bincount(owners, areas, len(masks))
     pairs, heights, figures = _borders(edges, relief, pieces)
     sides = _sides(pairs, figures[:, 0], heights, areas, wholes[owners])
@@ -94,15 +93,18 @@ def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> l
         + EDGE * (_log_odds(strength / length) - _log_odds(calm)[owner])
         - ONE
     )
+    chances = 1 / (1 + np.exp(-odds))
     order = np.argsort(odds, kind="stable")
     # Of each mask the last one counts, which is its likeliest.
     for place, line in dict(zip(owner[order].tolist(), order.tolist(), strict=True)).items():
+        if chances[line] < LIKELY:
+            continue
         mask, step = masks[place], steps[place]
         cells = (inside[place] & sides[line].take(pieces[place]))[1:-1, 1:-1]
         side = cells.repeat(step, axis=0).repeat(step, axis=1)[tuple(slice(length) for length in mask.inside.shape)]
         corner = mask.box[0].start, mask.box[1].start
         both = BoxedMask.of(mask.inside & side, corner), BoxedMask.of(mask.inside & ~side, corner)
-        answer[place] = Division(both, float(1 / (1 + np.exp(-odds[line]))))
+        answer[place] = Division(both, float(chances[line]))
     return answer
 
 
@@ -129,14 +131,11 @@ def _cut(inside: NDArray[np.bool_], edges: NDArray[np.int32]) -> tuple[NDArray[n
     smooth = np.where(inside, gaussian_filter(relief, (0, 1, 1)), _WALL)
     minima = find_minima(np.rint(LEVELS * smooth).astype(np.uint8).reshape(flat)) & inside.reshape(flat)
     markers, count = label(minima)
-    if count == 0:
-        return np.full(shape, -1, np.int32), relief
-    pieces = watershed((relief + _FLAT * smooth).reshape(flat), markers) - 1
-    # Parts that touch the rest by a corner may have no minimum; water came to them over the wall.
-    parts, count = label(inside.reshape(flat))
-    has_minimum = np.zeros(count + 1, np.bool_)
-    has_minimum[parts[minima]] = True
-    return np.where(has_minimum[parts], pieces, np.int32(-1)).reshape(shape), relief
+    # What lies around floods nothing but parts that touch the rest by a corner and have no minimum.
+    outside, _ = label(~inside.reshape(flat))
+    markers += np.where(outside > 0, outside + count, 0)
+    pieces = watershed((relief + _FLAT * smooth).reshape(flat), markers).reshape(shape) - 1
+    return np.where(pieces < count, pieces, -1), relief
 
 
 def _borders(
