@@ -74,10 +74,12 @@ def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> l
     pieces, relief = _cut(inside, edges)
     inside = pieces >= 0
     count = int(pieces.max()) + 1
-    areas = np.bincount(pieces[inside], minlength=count)
+    if count == 0:
+        return answer
+    areas: NDArray[np.int64] = np.bincount(pieces[inside], minlength=count)
     owners = np.zeros(count, np.intp)
     owners[pieces[inside]] = np.flatnonzero(inside) // inside[0].size
-    wholes = np.bincount(owners, areas, len(masks))
+    wholes: NDArray[np.float64] = np.bincount(owners, areas, len(masks)).astype(np.float64)
     pairs, heights, figures = _borders(edges, relief, pieces)
     sides = _sides(pairs, figures[:, 0], heights, areas, wholes[owners])
     owner = owners[sides.argmax(axis=1)]
@@ -128,7 +130,7 @@ def _cut(inside: NDArray[np.bool_], edges: NDArray[np.int32]) -> tuple[NDArray[n
     depth = distance_transform_edt(inside.reshape(flat)).reshape(shape)
     innermost = np.maximum(depth.max(axis=(1, 2), keepdims=True), 1)
     relief = np.where(inside, edges / 255 + SHAPE * (1 - depth / innermost), _WALL).astype(np.float32)
-    smooth = np.where(inside, gaussian_filter(relief, (0, 1, 1)), _WALL)
+    smooth: NDArray[np.float32] = np.where(inside, gaussian_filter(relief, (0, 1, 1)), _WALL).astype(np.float32)
     minima = find_minima(np.rint(LEVELS * smooth).astype(np.uint8).reshape(flat)) & inside.reshape(flat)
     markers, count = label(minima)
     # What lies around floods nothing but parts that touch the rest by a corner and have no minimum.
@@ -159,8 +161,9 @@ def _borders(
         end = rim[here].take(apart) | rim[there].take(apart)
         values.append([high, np.ones(len(apart)), strong, end, end * square])
     code, border = np.unique(np.concatenate(codes), return_inverse=True)
-    heights, *figures = (np.bincount(border, np.concatenate(of), len(code)) for of in zip(*values, strict=True))
-    return np.stack(np.divmod(code, count), axis=1).astype(np.int32), heights, np.stack(figures, axis=1)
+    totals = (np.bincount(border, np.concatenate(of).astype(np.float64), len(code)) for of in zip(*values, strict=True))
+    sums: NDArray[np.float64] = np.stack([*totals], axis=1)
+    return np.stack(np.divmod(code, count), axis=1).astype(np.int32), sums[:, 0], sums[:, 1:]
 
 
 def _sides(
@@ -182,15 +185,17 @@ def _sides(
         merged += [of[one], of[other]]
         groups.append(groups[of[one]] | groups[of[other]])
         of[one] = of[other] = len(groups) - 1
-    sides = np.array([groups[group] for group in merged], np.bool_).reshape(-1, count)
+    sides: NDArray[np.bool_] = np.array([groups[group] for group in merged], np.bool_).reshape(-1, count)
     share = (sides @ areas) / wholes[sides.argmax(axis=1)]
-    return sides[(share >= SIDE) & (share <= 1 - SIDE)]
+    kept: NDArray[np.bool_] = sides[(share >= SIDE) & (share <= 1 - SIDE)]
+    return kept
 
 
 def _around(inside: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
     """How many cells of the mask lie in the square around each, int32 [K, h, w]."""
     share = uniform_filter(inside.astype(np.float32), (0, side, side), mode="constant")
-    return np.rint(side * side * share).astype(np.int32)
+    cells: NDArray[np.int32] = np.rint(side * side * share).astype(np.int32)
+    return cells
 
 
 def _log_odds(strength: NDArray[np.float64]) -> NDArray[np.float64]:
