@@ -10,6 +10,7 @@
    of the proposals the one that gains most.
 4. Joining. Masks with IoU > 0.5 become one until no two have it, and so do neighbours that are more likely one
    thing than two, given how many of the picture's are (`joining`).
+5. Sides. What may be two things all the same is given as both as well, with lower scores (`dividing`).
 
 The answer does not depend on the order of the masks.
 """
@@ -44,8 +45,9 @@ class RefinedMasks:
     Attributes:
         rle: each mask as COCO RLE with counts as bytes, K of them, as pycocotools takes them.
         scores: float64 [K]: score of the mask it came from times IoU of the result with that mask (with its part, where
-            a gap divides it), of joined ones the highest; times the chance that it is whole, see `joining`.
-        sources: for each, the indices of the masks it came from, ascending.
+            a gap divides it), of joined ones the highest; times the chance that it is whole, see `joining`, and that it
+            is one; that of a side see `dividing`.
+        sources: for each, the indices of the masks it came from, ascending; of a side, those of its mask.
         shape: height and width of the picture.
     """
 
