@@ -80,13 +80,13 @@ def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> l
     owners = np.zeros(count, np.intp)
     owners[pieces[inside]] = np.flatnonzero(inside) // inside[0].size
     wholes: NDArray[np.float64] = np.bincount(owners, areas, len(masks)).astype(np.float64)
-    pairs, heights, figures = _borders(edges, relief, pieces)
+    core = _around(inside, 3) == 9
+    pairs, heights, figures = _borders(edges, relief, pieces, inside & ~core)
     sides = _sides(pairs, figures[:, 0], heights, areas, wholes[owners])
     owner = owners[sides.argmax(axis=1)]
     length, strength, ends, around = ((sides[:, pairs[:, 0]] != sides[:, pairs[:, 1]]) @ figures).T
     area, whole = sides @ areas, wholes[owner]
     smaller = np.minimum(area, whole - area)
-    core = _around(inside, 3) == 9
     calm = (edges * core).sum(axis=(1, 2)) / np.maximum(core.sum(axis=(1, 2)), 1)
     odds = (
         NECK * np.log(length / np.sqrt(4 / np.pi * smaller))
@@ -141,15 +141,15 @@ def _cut(inside: NDArray[np.bool_], edges: NDArray[np.int32]) -> tuple[NDArray[n
 
 
 def _borders(
-    edges: NDArray[np.int32], relief: NDArray[np.float32], pieces: NDArray[np.int32]
+    edges: NDArray[np.int32], relief: NDArray[np.float32], pieces: NDArray[np.int32], rim: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
     """Neighbouring pieces, int32 [M, 2], the relief summed over the cell pairs along their border, and figures [M, 4].
 
-    Figures: how many cell pairs, their edges summed up, how many of them at an outline, and for these the cells of the
-    mask in the square around.
+    Figures: how many cell pairs, their edges summed up, how many of them at the rim of the mask, and for these the
+    mask's cells in the square around.
     """
     inside, count = pieces >= 0, int(pieces.max()) + 1
-    around, rim = _around(inside, CORNER), inside & (_around(inside, 3) < 9)
+    around = _around(inside, CORNER)
     codes, values = [], []
     for here, there in (np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, :, :-1], np.s_[:, :, 1:]):
         apart = np.flatnonzero(inside[here] & inside[there] & (pieces[here] != pieces[there]))
