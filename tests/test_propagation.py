@@ -13,6 +13,7 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
 from trace_sdk.instances.affinity import BETA, RADIUS, transition_matrix
 from trace_sdk.instances.boxed import BoxedMask
+from trace_sdk.instances.dividing import divisions
 from trace_sdk.instances.outlines import QUIET, border_evidence, line_between, log_odds, outline_strength
 from trace_sdk.instances.snapping import LEAST, above_surroundings, evidence_needed, snap
 from trace_sdk.instances.splitting import cut_at_gaps
@@ -115,8 +116,8 @@ def test_a_border_holds_all_along() -> None:
     gap = PAIR.probability.copy()
     gap[22:42, 60] = 0
     assert border_evidence(whole, line, gap) < -0.7
-    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None])) == 1
-    assert len(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT]))) == 1
+    assert np.count_nonzero(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None]).scores > 0.5) == 1
+    assert np.count_nonzero(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT])).scores > 0.5) == 1
 
 
 def test_a_region_that_lies_in_the_mask_stays_in_every_proposal() -> None:
@@ -215,8 +216,10 @@ def lone(row: int, column: int) -> Any:
 def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
     edges = EdgeMap(np.repeat(np.repeat(coarse, 8, 0), 8, 1), PAIR.rgb, 0.5)
     refined = edges.refine(blobs(seed))
-    overlap = codec.iou(refined.rle, refined.rle, [0] * len(refined))
-    assert (overlap - np.eye(len(refined)) <= 0.5).all()
+    # Sides have the sources of their mask, which comes before them; parts of a mask beside a gap are left out as well.
+    wholes = [rle for i, rle in enumerate(refined.rle) if refined.sources[i] not in refined.sources[:i]]
+    overlap = codec.iou(wholes, wholes, [0] * len(wholes))
+    assert (overlap - np.eye(len(wholes)) <= 0.5).all()
     assert {index for indices in refined.sources for index in indices} <= set(range(8))
     assert all(mask.any() for mask in refined.masks) and ((refined.scores > 0) & (refined.scores <= 1)).all()
 
@@ -328,6 +331,73 @@ def test_a_score_tells_that_a_mask_may_be_a_half() -> None:
     score_of = {source: score for (source,), score in zip(refined.sources, refined.scores, strict=True)}
     alone = edges.refine(masks[0][None], [0.8]).scores[0]
     assert score_of[0] < 0.9 * alone and score_of[4] > 0.7
+
+
+def disc(row: int, column: int, radius: int = 18) -> Any:
+    y, x = np.indices((HEIGHT, WIDTH))
+    return np.hypot(y - row, x - column) < radius
+
+
+def around(*masks: Any, strength: float = 0.6) -> Any:
+    """Edges along the outlines of masks."""
+    edges = np.full((HEIGHT, WIDTH), 0.05, np.float32)
+    for mask in masks:
+        edges[line_between(mask, ~mask)] = strength
+    return edges
+
+
+DISCS = disc(40, 42), disc(40, 75)
+
+
+def test_touching_things_in_one_mask_are_given_beside_it() -> None:
+    """Two discs with a faint edge between them: too weak to split the mask, but a line from corner to corner."""
+    edges = around(DISCS[0] | DISCS[1])
+    edges[25:56, 58:60] = np.maximum(edges[25:56, 58:60], 0.2)
+    pair = (DISCS[0] | DISCS[1])[None]
+    refined = EdgeMap(edges, PAIR.rgb, 0.5).refine(pair, [0.8])
+    assert len(refined) == 3 and refined.sources == [[0]] * 3
+    for thing in DISCS:
+        assert max(iou(thing, mask) for mask in refined.masks) > 0.9
+    whole, *sides = refined.masks
+    assert iou(whole, pair[0]) > 0.95 and not (sides[0] & sides[1]).any() and (sides[0] | sides[1] == whole).all()
+    # The sides share what the whole has lost, each as much as it has of the mask.
+    assert refined.scores[0] > 0.5 and (refined.scores[1:] > 0).all()
+    areas = [np.count_nonzero(side) for side in sides]
+    assert refined.scores[1] / refined.scores[2] == pytest.approx(areas[0] / areas[1])
+    assert refined.scores.sum() == pytest.approx(0.8 * iou(whole, pair[0]), rel=0.01)
+
+
+def test_one_thing_has_no_sides() -> None:
+    one = disc(40, 60, 25)
+    edges = around(one)
+    assert len(EdgeMap(edges, PAIR.rgb, 0.5).refine(one[None])) == 1
+    folded = edges.copy()
+    folded[15:66, 59:61] = np.maximum(edges[15:66, 59:61], 0.2)  # as strong as what divides the discs
+    assert len(EdgeMap(folded, PAIR.rgb, 0.5).refine(one[None])) == 1
+
+
+def test_a_stronger_edge_makes_two_likelier() -> None:
+    pair, edges = DISCS[0] | DISCS[1], around(DISCS[0] | DISCS[1])
+    chances = []
+    for strength in (0.05, 0.2, 0.4):
+        edges[25:56, 58:60] = np.maximum(edges[25:56, 58:60], strength)
+        (division,) = divisions([BoxedMask.of(pair)], edges)
+        chances.append(0 if division is None else division.chance)
+    assert 0 < chances[0] < chances[1] < chances[2] < 1  # their shape alone makes a line
+
+
+def test_lines_do_not_depend_on_the_other_masks() -> None:
+    rng = np.random.default_rng(5)
+    edges = np.clip(around(*DISCS) + rng.uniform(0, 0.3, (HEIGHT, WIDTH)), 0, 1).astype(np.float32)
+    masks = [BoxedMask.of(mask) for mask in (*blobs(1), DISCS[0] | DISCS[1], disc(3, 3, 2), np.eye(HEIGHT, WIDTH) > 0)]
+    together = divisions(masks, edges)
+    for mask, found in zip(masks, together, strict=True):
+        (alone,) = divisions([mask], edges)
+        assert (alone is None) == (found is None)
+        if alone is not None and found is not None:
+            assert alone.chance == found.chance
+            assert [side.rle(edges.shape) for side in alone.sides] == [side.rle(edges.shape) for side in found.sides]
+    assert any(together)
 
 
 def test_no_masks() -> None:

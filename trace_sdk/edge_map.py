@@ -109,7 +109,8 @@ class EdgeMap:
 
         Holes and gaps that no edge surrounds are closed, outlines move to stronger edges nearby, neighbours in one mask
         are split and masks of one thing joined where the edges are clear. What they don't speak against stays as it
-        was. The answer doesn't depend on the order of the masks.
+        was. A mask that may be two things is followed by both, with lower scores: results may overlap. The answer
+        doesn't depend on the order of the masks.
 
         Args:
             masks: bool [K, H, W], or integers of which 0 is outside; as large as the input, none of them empty.

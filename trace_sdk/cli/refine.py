@@ -116,7 +116,9 @@ def command(
     \b
     Scores: a refined mask has the score of the mask it came from (1 where there is none) times the IoU with it; of
     merged masks the highest; times the chance that it is not part of a thing with its neighbour. Masks are only merged
-    within their category. Crowd regions stay as they are.
+    within their category. Crowd regions stay as they are. A mask that may be two touching things is given three times:
+    whole, times the chance that it is one, and as both sides, each times the (low) chance of two and its share of the
+    mask. So masks of OUT may overlap, and there are a quarter to a half more.
 
     What is done is kept in OUT.parts/; a run that was cut goes on there. The folder may be deleted afterwards.
     Results can only be as good as the edges: measure on a few annotated photos first (docs/instances.md).

@@ -49,10 +49,10 @@ class BoxedMask:
         height, width = shape
         rows, columns = self.box
         # Down the columns, each with a pixel more that is outside, so that no run goes over to the next.
-        framed = np.zeros((self.inside.shape[1], self.inside.shape[0] + 1), np.bool_)
-        framed[:, :-1] = self.inside.T
-        flat = framed.ravel()
-        column, row = np.divmod(np.flatnonzero(np.diff(flat, prepend=False)), framed.shape[1])
+        tall, wide = self.inside.shape
+        flat = np.zeros(1 + wide * (tall + 1), np.bool_)
+        flat[1:].reshape(wide, tall + 1)[:, :-1] = self.inside.T
+        column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), tall + 1)
         bounds = (columns.start + column) * height + rows.start + row
         # In a box of full height runs do go over.
         between = bounds[1:-1].reshape(-1, 2)

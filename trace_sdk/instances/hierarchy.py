@@ -149,9 +149,14 @@ def block_maxima(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
     if step == 1:
         return values
     height, width = values.shape
-    padded = np.pad(values, ((0, -height % step), (0, -width % step)), mode="edge")
-    rows = np.maximum.reduce([padded[first::step] for first in range(step)])
-    maxima: NDArray[np.float32] = np.maximum.reduce([rows[:, first::step] for first in range(step)])
+    rows = values[::step].copy()
+    for first in range(1, min(step, height)):
+        some = values[first::step]
+        np.maximum(rows[: len(some)], some, out=rows[: len(some)])
+    maxima: NDArray[np.float32] = rows[:, ::step].copy()
+    for first in range(1, min(step, width)):
+        some = rows[:, first::step]
+        np.maximum(maxima[:, : some.shape[1]], some, out=maxima[:, : some.shape[1]])
     return maxima
 
 

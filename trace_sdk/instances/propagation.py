@@ -10,6 +10,7 @@
    of the proposals the one that gains most.
 4. Joining. Masks with IoU > 0.5 become one until no two have it, and so do neighbours that are more likely one
    thing than two, given how many of the picture's are (`joining`).
+5. Sides. What may be two things all the same is given as both as well, with lower scores (`dividing`).
 
 The answer does not depend on the order of the masks.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, seen_from, union, widened
+from trace_sdk.instances.dividing import with_sides
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.joining import Candidate, join_masks
 from trace_sdk.instances.outlines import QUIET, Strengths, better_parts, log_odds, without_holes
@@ -43,8 +45,9 @@ class RefinedMasks:
     Attributes:
         rle: each mask as COCO RLE with counts as bytes, K of them, as pycocotools takes them.
         scores: float64 [K]: score of the mask it came from times IoU of the result with that mask (with its part, where
-            a gap divides it), of joined ones the highest; times the chance that it is whole, see `joining`.
-        sources: for each, the indices of the masks it came from, ascending.
+            a gap divides it), of joined ones the highest; times the chance that it is whole, see `joining`, and that it
+            is one; that of a side see `dividing`.
+        sources: for each, the indices of the masks it came from, ascending; of a side, those of its mask.
         shape: height and width of the picture.
     """
 
@@ -106,7 +109,7 @@ def propagate(
         common = np.count_nonzero(best.within(one.given.box) & one.given.inside)
         agreement = common / (best.area + one.given.area - common)
         found.append(Candidate(best, float(scores[one.source] * agreement), [one.source], (height, width)))
-    joined = join_masks(found, probability)
+    joined = with_sides(join_masks(found, probability), probability)
     runs = [one.rle for one in joined]
     order = sorted(range(len(runs)), key=lambda i: (-joined[i].score, runs[i]["counts"]))
     return RefinedMasks(
