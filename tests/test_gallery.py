@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from scipy.ndimage import binary_dilation
 
 from trace_sdk.cli import main
 from trace_sdk.cli.gallery import _mask_pictures
@@ -124,6 +125,18 @@ def test_refined_masks_keep_their_colour_and_category(tmp_path: Path) -> None:
     assert before[0] != before[1] and after == [before[1]] * 2
     before, after = colours(1, 1)
     assert after == [before[0]] * 2
+
+
+def test_the_sides_of_a_mask_that_may_be_two_are_not_painted(tmp_path: Path) -> None:
+    y, x = np.mgrid[:80, :120]
+    pair = np.logical_or(*((y - 40) ** 2 + (x - centre) ** 2 < 18**2 for centre in (42, 75)))
+    edges = np.where(pair ^ binary_dilation(pair), 0.6, 0.05).astype(np.float32)
+    edges[25:56, 58:60] = 0.2
+    shown = EdgeMap(edges, np.full((80, 120, 3), 100, np.uint8), 0.5)
+    assert shown.refine(pair[None]).sides.any()
+    image = PredictedImage(7, tmp_path / "7.png", None, [(0, {"segmentation": encode_mask(pair)})])
+    (_, before), (_, after) = _mask_pictures(shown, image, tmp_path / "p.json", None)
+    np.testing.assert_array_equal(np.asarray(before)[30:50, 50:70], np.asarray(after)[30:50, 50:70])
 
 
 def test_hatching_leaves_the_photo_between_the_stripes() -> None:

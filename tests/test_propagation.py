@@ -216,8 +216,7 @@ def lone(row: int, column: int) -> Any:
 def test_no_two_results_are_the_same_thing(seed: int, coarse: Any) -> None:
     edges = EdgeMap(np.repeat(np.repeat(coarse, 8, 0), 8, 1), PAIR.rgb, 0.5)
     refined = edges.refine(blobs(seed))
-    # Sides have the sources of their mask, which comes before them; parts of a mask beside a gap are left out as well.
-    wholes = [rle for i, rle in enumerate(refined.rle) if refined.sources[i] not in refined.sources[:i]]
+    wholes = [rle for rle, side in zip(refined.rle, refined.sides, strict=True) if not side]
     overlap = codec.iou(wholes, wholes, [0] * len(wholes))
     assert (overlap - np.eye(len(wholes)) <= 0.5).all()
     assert {index for indices in refined.sources for index in indices} <= set(range(8))
@@ -355,7 +354,7 @@ def test_touching_things_in_one_mask_are_given_beside_it() -> None:
     edges[25:56, 58:60] = np.maximum(edges[25:56, 58:60], 0.2)
     pair = (DISCS[0] | DISCS[1])[None]
     refined = EdgeMap(edges, PAIR.rgb, 0.5).refine(pair, [0.8])
-    assert len(refined) == 3 and refined.sources == [[0]] * 3
+    assert refined.sources == [[0]] * 3 and refined.sides.tolist() == [False, True, True]
     for thing in DISCS:
         assert max(iou(thing, mask) for mask in refined.masks) > 0.9
     whole, *sides = refined.masks

@@ -140,8 +140,8 @@ def _mask_pictures(edges: EdgeMap, image: Any, file: Path, threshold: float | No
     crowds = [place for place, (entry, _) in enumerate(decoded) if entry.get("iscrowd")]
     after, numbers = [given[crowds]], list(crowds)
     for places, found in refine_entries(edges, decoded, threshold):
-        after.append(found.masks)
+        after.append(found.masks[~found.sides])
         # A refined mask keeps the colour of the mask it came from.
-        numbers += [places[sources[0]] for sources in found.sources]
+        numbers += [places[s[0]] for s, side in zip(found.sources, found.sides, strict=True) if not side]
     refined = paint_masks(edges.rgb, np.concatenate(after), numbers)
     return [("masks", paint_masks(edges.rgb, given)), ("refined masks", refined)]

@@ -56,7 +56,8 @@ def with_sides(masks: Sequence[Candidate], probability: NDArray[np.float32]) -> 
             continue
         found.append(replace(one, score=one.score * (1 - division.chance)))
         for side in division.sides:
-            found.append(replace(one, mask=side, score=one.score * division.chance * side.area / one.mask.area))
+            score = one.score * division.chance * side.area / one.mask.area
+            found.append(replace(one, mask=side, score=score, side=True))
     return found
 
 

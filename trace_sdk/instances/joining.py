@@ -36,12 +36,16 @@ REACH = 1  # pixels beside a mask that it touches
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A mask of a picture of `shape`, its score, and the indices of the masks that it came from, ascending."""
+    """A mask of a picture of `shape`, its score, and the indices of the masks that it came from, ascending.
+
+    side: given beside the whole that it is a side of, see `dividing`.
+    """
 
     mask: BoxedMask
     score: float
     sources: list[int]
     shape: tuple[int, int]
+    side: bool = False
 
     @cached_property
     def rle(self) -> dict[str, Any]:

@@ -48,12 +48,14 @@ class RefinedMasks:
             a gap divides it), of joined ones the highest; times the chance that it is whole, see `joining`, and that it
             is one; that of a side see `dividing`.
         sources: for each, the indices of the masks it came from, ascending; of a side, those of its mask.
+        sides: bool [K], which are a side of another one of them that may be two. Without these no two are alike.
         shape: height and width of the picture.
     """
 
     rle: list[dict[str, Any]]
     scores: NDArray[np.float64]
     sources: list[list[int]]
+    sides: NDArray[np.bool_]
     shape: tuple[int, int]
 
     def __len__(self) -> int:
@@ -116,6 +118,7 @@ def propagate(
         [runs[i] for i in order],
         np.array([joined[i].score for i in order]),
         [joined[i].sources for i in order],
+        np.array([joined[i].side for i in order], np.bool_),
         (height, width),
     )
 
