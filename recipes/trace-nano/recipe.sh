@@ -4,7 +4,7 @@
 #   recipes/trace-nano/recipe.sh WORK
 #
 # WORK holds photos/, train/ and held-out/, as for trace-small (see recipes/trace-small/README.md). The teacher is the
-# backbone of trace-small. About an hour and a half for the labels and half an hour for the student on two CPU cores.
+# backbone of trace-small. About an hour and a half for the labels and as long for the student on two CPU cores.
 set -euo pipefail
 work=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -37,7 +37,19 @@ trace-sdk self-train "$work/nano/better" "$work/nano/more" "$work/train/backgrou
   --steps 600 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/on"
 python "$here/average.py" "$work/nano/better" "$work/nano/on" "$work/nano/more" "$work/train/backgrounds" \
   --cutouts "$work/nano/more-cutouts" -o "$work/nano/mean"
-trace-sdk export "$work/nano/mean" -o "$work/trace-nano.onnx" --name trace-nano
+# And with the few photos that are varied and sharp in a folder of their own: every folder counts the same.
+trace-sdk export "$work/nano/mean" -o "$work/nano/third.onnx" --name trace-nano
+python "$small/sample_photos.py" "$work/photos" "$work/nano/many" --count 4000
+mkdir -p "$work/nano/sharp"
+cp -n "$work"/photos/cid22-* "$work"/photos/cq100-* "$work/nano/sharp"
+trace-sdk cutouts "$work/nano/many" --engine "$work/nano/third.onnx" --size 384 -o "$work/nano/cutouts-many"
+for size in 384 512 768; do
+  trace-sdk cutouts "$work/nano/sharp" --engine "$work/nano/third.onnx" --size "$size" -o "$work/nano/cutouts-$size"
+done
+trace-sdk self-train "$work/nano/mean" "$work/nano/many" "$work/nano/sharp" --cutouts "$work/nano/cutouts-many" \
+  --cutouts "$work/nano/cutouts-384" --cutouts "$work/nano/cutouts-512" --cutouts "$work/nano/cutouts-768" \
+  --steps 2700 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/last"
+trace-sdk export "$work/nano/last" -o "$work/trace-nano.onnx" --name trace-nano
 
 python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"
