@@ -33,9 +33,9 @@ trace-sdk self-train "$work/nano/student" "$work/nano/own" --cutouts "$work/nano
 trace-sdk export "$work/nano/better" -o "$work/nano/second.onnx" --name trace-nano
 python "$small/sample_photos.py" "$work/photos" "$work/nano/more" --count 2500
 trace-sdk cutouts "$work/nano/more" --engine "$work/nano/second.onnx" --size 384 -o "$work/nano/more-cutouts"
-trace-sdk self-train "$work/nano/better" "$work/nano/more" "$work/train/backgrounds" --cutouts "$work/nano/more-cutouts" \
+trace-sdk self-train "$work/nano/better" "$work/nano/more" --cutouts "$work/nano/more-cutouts" \
   --steps 600 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/on"
-python "$here/average.py" "$work/nano/better" "$work/nano/on" "$work/nano/more" "$work/train/backgrounds" \
+python "$here/average.py" "$work/nano/better" "$work/nano/on" "$work/nano/more" \
   --cutouts "$work/nano/more-cutouts" -o "$work/nano/mean"
 # And with the few photos that are varied and sharp in a folder of their own: every folder counts the same.
 trace-sdk export "$work/nano/mean" -o "$work/nano/third.onnx" --name trace-nano

@@ -61,7 +61,9 @@ if [ "$device" = cuda ]; then
   # Then all of it, LoRA included, by scenes of what trace-nano cuts out; too slow without a GPU.
   python "$here/sample_photos.py" "$work/photos" "$work/own" --count 2500
   trace-sdk cutouts "$work/own" --engine trace-nano --size 384 -o "$work/cutouts"
-  trace-sdk self-train "$student" "$work/photos" "$work/train/backgrounds" --cutouts "$work/cutouts" --lora-rank 64 \
+  mkdir -p "$work/sharp" # every folder counts the same, and these photos are the varied ones
+  cp -n "$work"/photos/cid22-* "$work"/photos/cq100-* "$work/sharp"
+  trace-sdk self-train "$student" "$work/photos" "$work/sharp" --cutouts "$work/cutouts" --lora-rank 64 \
     --crops 64 --size 256 --steps 550 --workers 15 --device cuda -o "$work/better"
   student=$work/better
 fi
