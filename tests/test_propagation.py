@@ -322,6 +322,8 @@ def test_loose_masks_need_less_evidence_than_tight_ones() -> None:
     one = [above_surroundings(loose, tight, odds)]
     assert evidence_needed([above_surroundings(tight, tight, odds)] * 9 + one) == pytest.approx(1)
     assert evidence_needed([]) == pytest.approx(1)
+    # On ridges nearby an outline may have as good as nothing, or less.
+    assert evidence_needed([(9.0, -0.2)]) == 1 and evidence_needed([(-9.0, -0.2)]) == LEAST
 
 
 def test_a_score_tells_that_a_mask_may_be_a_half() -> None:

@@ -64,7 +64,8 @@ def evidence_needed(outlines: Sequence[tuple[float, float]]) -> float:
         outlines: of each mask what `above_surroundings` answers.
     """
     has, could = (fsum(values) for values in zip(BEFORE, *outlines, strict=True))  # the same in any order
-    return float(np.clip(2 ** ((has / max(could, _NONE) - TIGHT) / HALVED), LEAST, 1))
+    share = has / max(could, _NONE)
+    return float(max(LEAST, 2 ** ((min(share, TIGHT) - TIGHT) / HALVED)))
 
 
 def _reach(mask: BoxedMask) -> int:
