@@ -116,8 +116,8 @@ def test_a_border_holds_all_along() -> None:
     gap = PAIR.probability.copy()
     gap[22:42, 60] = 0
     assert border_evidence(whole, line, gap) < -0.7
-    assert np.count_nonzero(EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None]).scores > 0.5) == 1
-    assert np.count_nonzero(EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT])).scores > 0.5) == 1
+    assert np.count_nonzero(~EdgeMap(gap, PAIR.rgb, 0.3).refine(whole[None]).sides) == 1
+    assert np.count_nonzero(~EdgeMap(gap, PAIR.rgb, 0.3).refine(np.stack([LEFT, RIGHT])).sides) == 1
 
 
 def test_a_region_that_lies_in_the_mask_stays_in_every_proposal() -> None:

@@ -37,6 +37,7 @@ trace-sdk self-train "$work/nano/better" "$work/nano/more" --cutouts "$work/nano
   --steps 600 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/on"
 python "$here/average.py" "$work/nano/better" "$work/nano/on" "$work/nano/more" \
   --cutouts "$work/nano/more-cutouts" -o "$work/nano/mean"
+
 # And with the few photos that are varied and sharp in a folder of their own: every folder counts the same.
 trace-sdk export "$work/nano/mean" -o "$work/nano/third.onnx" --name trace-nano
 python "$small/sample_photos.py" "$work/photos" "$work/nano/many" --count 4000

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter, label, uniform_filter
 
 from trace_sdk.instances.boxed import BoxedMask
-from trace_sdk.instances.hierarchy import block_maxima, find_minima, merge_weakest_first
+from trace_sdk.instances.hierarchy import block_maxima, find_minima, merge_tree, merge_weakest_first
 from trace_sdk.instances.joining import Candidate
 from trace_sdk.instances.outlines import QUIET, log_odds
 from trace_sdk.instances.watershed import watershed
@@ -179,14 +179,8 @@ def _sides(
     areas: of the pieces. wholes: of the mask of each piece.
     """
     count = len(areas)
-    groups = list(np.eye(count, dtype=np.bool_))
-    of = list(range(count))
-    merged = []
-    for one, other in merge_weakest_first(count, pairs, lengths, heights)[0].tolist():
-        merged += [of[one], of[other]]
-        groups.append(groups[of[one]] | groups[of[other]])
-        of[one] = of[other] = len(groups) - 1
-    sides: NDArray[np.bool_] = np.array([groups[group] for group in merged], np.bool_).reshape(-1, count)
+    joins, members = merge_tree(count, merge_weakest_first(count, pairs, lengths, heights)[0])
+    sides = members[joins.ravel()]
     share = (sides @ areas) / wholes[sides.argmax(axis=1)]
     kept: NDArray[np.bool_] = sides[(share >= SIDE) & (share <= 1 - SIDE)]
     return kept

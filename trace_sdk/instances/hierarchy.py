@@ -256,6 +256,23 @@ def merge_weakest_first(
     )
 
 
+def merge_tree(count: int, merges: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Groups that `merges` int32 [J, 2] make one after the other, numbered from `count` on; before them each region.
+
+    Returns:
+        the two groups that each of them was made of, int32 [J, 2], and the regions of all, bool [count + J, count].
+    """
+    joins = np.zeros((len(merges), 2), np.int32)
+    members = np.zeros((count + len(merges), count), np.bool_)
+    np.fill_diagonal(members, True)
+    of = list(range(count))  # the group that is named by a region
+    for number, (a, b) in enumerate(merges.tolist()):
+        joins[number] = of[a], of[b]
+        members[count + number] = members[of[a]] | members[of[b]]
+        of[a] = of[b] = count + number
+    return joins, members
+
+
 def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.int32]:
     """A map of regions at working size → at full size, int32 `shape`.
 

@@ -37,8 +37,7 @@ def outline_strength(mask: NDArray[np.bool_], probability: NDArray[np.float32]) 
     mask, probability = mask[box], probability[box]
     total, length = 0.0, 0
     for here, there in NEIGHBOURS:
-        apart = mask[here] != mask[there]
-        crossed = np.divmod(np.flatnonzero(apart), apart.shape[1])  # in half the time of a mask
+        crossed = _places(mask[here] != mask[there])
         total += float(np.maximum(probability[here][crossed], probability[there][crossed]).sum(dtype=np.float64))
         length += len(crossed[0])
     return total / length if length else 0.0
@@ -143,8 +142,7 @@ def better_parts(
     for here, there in NEIGHBOURS:
         has = after[here] != after[there]
         # Where one pixel of the pair has changed, and one part with it.
-        turned = has != (before[here] != before[there])
-        changed = np.divmod(np.flatnonzero(turned), turned.shape[1])  # in half the time of nonzero
+        changed = _places(has != (before[here] != before[there]))
         part = np.maximum(parts[here][changed], parts[there][changed]) + (count + 1) * ~has[changed]
         strength = np.maximum(probability[here][changed], probability[there][changed])
         lengths += np.bincount(part, minlength=2 * count + 2).reshape(2, -1)
@@ -167,6 +165,12 @@ def better_parts(
     changed_mask = whole.copy()
     changed_mask[box] = np.where(taken[parts], after, before)
     return changed_mask, float(gain)
+
+
+def _places(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """What `np.nonzero` answers, in half the time."""
+    rows, columns = np.divmod(np.flatnonzero(mask), mask.shape[1])
+    return rows, columns
 
 
 NEIGHBOURS = ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]))

@@ -11,7 +11,7 @@ from scipy.ndimage import binary_dilation, distance_transform_edt, label
 
 from trace_sdk.instances.boxed import BoxedMask, widened
 from trace_sdk.instances.components import components
-from trace_sdk.instances.hierarchy import find_borders, merge_weakest_first
+from trace_sdk.instances.hierarchy import find_borders, merge_tree, merge_weakest_first
 from trace_sdk.instances.outlines import SHARED, border_evidence, line_between
 from trace_sdk.instances.walk import Fragment, Regions
 
@@ -100,36 +100,22 @@ def _split(
     """Instance of each of `count` regions, int32 [R] from 0. `parts`: region of each pixel, R outside of the mask."""
     areas = np.bincount(parts.ravel(), minlength=count + 1)[:count]
     merges, _ = merge_weakest_first(count, borders, lengths, totals)
-    members: list[list[int]] = [[region] for region in range(count)]
-    of = list(range(count))  # the group that has a region
-    joins: dict[int, tuple[int, int]] = {}
-    for a, b in merges.tolist():
-        joins[len(members)] = of[a], of[b]
-        members.append(members[of[a]] + members[of[b]])
-        for region in members[-1]:
-            of[region] = len(members) - 1
+    joins, members = merge_tree(count, merges)
     least = SPLIT * areas.sum()
     instances = np.zeros(count, np.int32)
     # Parts without a common border are one thing: no edge says otherwise.
-    waiting = sorted(set(of))
+    waiting = np.setdiff1d(np.arange(len(members)), joins).tolist()
     while waiting:
         group = waiting.pop()
-        if group not in joins:
+        if group < count:
             continue
-        smaller, larger = sorted(joins[group], key=lambda side: areas[members[side]].sum())
+        smaller, larger = sorted(joins[group - count].tolist(), key=lambda side: areas[members[side]].sum())
         if areas[members[smaller]].sum() < least:
             waiting.append(larger)
             continue
-        small, large = (_chosen(members[side], count)[parts] for side in (smaller, larger))
+        small, large = (np.append(members[side], False)[parts] for side in (smaller, larger))
         if border_evidence(small | large, line_between(small, large), edges) < BORDER:
             continue
         instances[members[smaller]] = instances.max() + 1
         waiting += [smaller, larger]
     return instances
-
-
-def _chosen(members: list[int], count: int) -> NDArray[np.bool_]:
-    """Of the numbers up to and with `count`, which are members."""
-    chosen = np.zeros(count + 1, np.bool_)
-    chosen[members] = True
-    return chosen

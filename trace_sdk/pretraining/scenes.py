@@ -16,6 +16,8 @@ from PIL import Image, ImageFilter
 
 RGB = NDArray[np.uint8]
 
+MOST = 7  # instances in a scene
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -38,7 +40,7 @@ def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RG
     canvas = jitter(rng, background.astype(np.float32))
     ids = np.zeros((size, size), np.uint8)
     same = rng.random() < 0.5
-    count = int(rng.integers(2, 6)) if same else int(rng.integers(1, 8))
+    count = int(rng.integers(2, 6)) if same else int(rng.integers(1, MOST + 1))
     shared = cutouts[rng.integers(len(cutouts))]
     longest = min(size * rng.uniform(0.28, 0.55), enlarged * max(shared.size))
     centre = rng.uniform(0.25, 0.75, 2) * size

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from trace_sdk.evaluation.datasets import instance_boundaries
-from trace_sdk.pretraining.scenes import RGB, compose
+from trace_sdk.pretraining.scenes import MOST, RGB, compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
 from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
 
@@ -29,7 +29,6 @@ BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they a
 RIM = 1.0  # σ of the outline's ridge, pixels
 PEAK = 0.4  # about 1/√(2π): what that Gaussian leaves of a straight line, a pixel wide
 NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
-MOST = 7  # cut-outs that `compose` lays into one scene
 MARGIN = 32  # pixels by which a scene is larger than what is seen of it
 
 
