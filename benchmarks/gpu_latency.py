@@ -100,20 +100,21 @@ def made(what: str, device: str) -> Student:
     return student.eval().requires_grad_(False)
 
 
-def opened(what: str, runtime: str, size: int, device: str, students: dict[str, Student], work: Path) -> EdgeDetector:
-    """A detector for squares of that size; a random student is put where its folder's weights would be read."""
+def opened(what: str, runtime: str, size: int, device: str, work: Path) -> EdgeDetector:
+    """A detector for squares of that size; a random student is put where its folder's weights would be read.
+
+    It is drawn anew each time: a detector on a GPU keeps it, and lowers its precision in place.
+    """
     if what not in RANDOM:
         return EdgeDetector(what, device=device, size=size, buckets=[size], runtime=runtime)
     import trace_sdk.student.folder as folders
     from trace_sdk.atomic import write_bytes, write_text
 
-    if what not in students:
-        students.clear()  # one at a time: the large one fills half of a card
-        students[what] = made(what, device)
+    student = made(what, device)
     write_text(work / "student.json", "{}")
     write_bytes(work / "random.safetensors", b"")
     usual = folders.open_student
-    folders.open_student = lambda folder: students[what]
+    folders.open_student = lambda folder: student
     try:
         return EdgeDetector(work, device=device, size=size, buckets=[size], runtime=runtime)
     finally:
@@ -177,7 +178,6 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     packages = ["torch", "triton", "diffusers", "onnxruntime", "onnxruntime-gpu"]
     result = {**measured_on(options.device, packages), "photos": len(photos), "rows": rows}
-    students: dict[str, Student] = {}
 
     def failed(task: str) -> None:
         error = traceback.format_exc()
@@ -196,7 +196,7 @@ def main() -> int:
             what, runtime, size = task.rsplit(":", 2)
             start = time.perf_counter()
             try:
-                detector = opened(what, runtime, int(size), options.device, students, Path(work))
+                detector = opened(what, runtime, int(size), options.device, Path(work))
                 detector.warmup()
             except Exception:
                 failed(task)
@@ -204,6 +204,7 @@ def main() -> int:
             seconds = time.perf_counter() - start
             print(f"{task}: ready after {seconds:.1f} s; {detector.info}", flush=True)
             measured(task, detector, seconds)
+            del detector  # one at a time: a large student fills half of a card
     keep(result, to_markdown(result), options.out, options.name)
     return int(any("trouble" in row for row in rows))
 

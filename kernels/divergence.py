@@ -22,14 +22,18 @@ STRIP = {"cuda": 1 << 22, "cpu": 1 << 19}  # elements of the map at a time: fill
 
 
 def neighbour(x: Tensor, step: tuple[int, int]) -> Tensor:
-    """x [..., H, W, C] moved so that position (i, j) holds x[i + step₀, j + step₁].
+    """x [..., H, W, C] moved so that position (i, j) holds x[i + step₀, j + step₁], each step −1, 0 or 1.
 
-    A neighbour outside the grid is replaced by the last one inside: the pair is then one-sided.
+    A neighbour outside the grid is replaced by the last one inside: the pair is then one-sided. Slices, since indices
+    would be made anew for each picture.
     """
-    height, width = x.shape[-3], x.shape[-2]
-    rows = (torch.arange(height, device=x.device) + step[0]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=x.device) + step[1]).clamp(0, width - 1)
-    return x.index_select(-3, rows).index_select(-2, columns)
+    for dimension, by in ((-3, step[0]), (-2, step[1])):
+        rest = x.shape[dimension] - 1
+        if by > 0:
+            x = torch.cat([x.narrow(dimension, 1, rest), x.narrow(dimension, rest, 1)], dimension)
+        elif by < 0:
+            x = torch.cat([x.narrow(dimension, 0, 1), x.narrow(dimension, 0, rest)], dimension)
+    return x
 
 
 def opposite(x: Tensor, direction: tuple[int, int]) -> tuple[Tensor, Tensor]:

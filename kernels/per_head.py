@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_sdk.backbones.tap import SelfAttention, attention_with_lse, leaves_lse
+from trace_sdk.backbones.tap import SelfAttention, leaves_lse
 from trace_sdk.kernels.device import runs_triton
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS, opposite
 from trace_sdk.kernels.head_mean import check_query_key, log_sum_exp
@@ -74,8 +74,9 @@ def _per_head_op(query: Tensor, key: Tensor, grid: list[int], scale: float, symm
         return launch_head_divergence(query, mean_key, row_lse, (grid[0], grid[1]), scale, symmetric)
 
     lse: Tensor | None
-    if not symmetric and leaves_lse(query, key, key, (), {}):
-        mean_key, lse = attention_with_lse(query, key, key, scale)
+    attend = None if symmetric else leaves_lse(query, key, key)
+    if attend is not None:
+        mean_key, lse = attend(query, key, key, scale)
     else:
         mean_key = F.scaled_dot_product_attention(query, key, key, scale=scale)
         lse = None if symmetric else log_sum_exp(query, key, scale=scale)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -26,8 +27,14 @@ class Tile:
     stages: int = 2
 
 
-def split_width(width: int) -> tuple[int, int]:
-    """A head's width as a power of two and the rest, each at least 16: 40 → 32 + 16, 72 → 64 + 16, 128 → 128 + 0."""
+def split_width(x: Tensor) -> tuple[int, int]:
+    """A head's width as a power of two and the rest, each at least 16: 40 → 32 + 16, 72 → 64 + 16, 128 → 128 + 0.
+
+    Of exact products it is one power of two: in two parts, Triton 3.6 read out of bounds at 72 on an H100.
+    """
+    width = x.shape[-1]
+    if exact_dots(x):
+        return max(16, 1 << (width - 1).bit_length()), 0
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
@@ -43,7 +50,7 @@ def shared_memory(device: int) -> int:
 def fitted(tile: Tile, query: Tensor) -> Tile:
     """The tile halved until its queries, and keys for every stage of two loops, fit into the GPU's shared memory."""
     limit = shared_memory(query.device.index) if query.is_cuda else 227 * 1024  # sm_90
-    width = sum(split_width(query.shape[-1])) * query.element_size()
+    width = sum(split_width(query)) * query.element_size()
     while (tile.queries + 2 * tile.stages * tile.keys) * width > limit and tile.keys > 16:
         tile = Tile(max(16, tile.queries // 2), tile.keys // 2, tile.warps, tile.stages)
     return tile
@@ -54,39 +61,54 @@ def exact_dots(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (INTERPRETED and x.dtype == torch.bfloat16)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x [B, heads, N, d] itself if the GPU's copy engine can read its rows where they lie, else a copy that it can.
+
+    That wants rows without gaps inside, and every start at a multiple of 16 bytes. Zeros fill the width up to one.
+    """
+    bytes_each = x.element_size()
+    steps = [stride * bytes_each for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
+        return x
+    short = -x.shape[-1] % (16 // bytes_each)
+    return torch.nn.functional.pad(x, (0, short)).contiguous()
+
+
+def tiles_of(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Descriptors of tiles of x [B, heads, N, d]: [rows, first] and [rows, rest] of `split_width`, None without a rest.
+
+    Beyond the last row and the width they read zeros.
+    """
+    first, rest = split_width(x)
+    x = aligned(x)
+    # A dimension of one has any stride; the copy engine wants a multiple of 16 bytes.
+    strides = [stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)] + [1]
+    part1 = TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, first])
+    if not rest:
+        return part1, None
+    beyond = x[..., first:]
+    return part1, TensorDescriptor(beyond, list(beyond.shape), strides, [1, 1, rows, rest])
+
+
 @triton.jit
-def load_part(base, rows, limit, row_stride, width_stride, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr,
+def load_tile(part1, part2, batch, head, row, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
               EXACT: tl.constexpr):  # fmt: skip
-    """Columns FROM … FROM + WIDTH of the rows of a head: [rows, WIDTH], zero beyond the limit and beyond D."""
-    column = FROM + tl.arange(0, WIDTH)
-    where = base + rows.to(tl.int64)[:, None] * row_stride + column[None, :] * width_stride
-    if FROM + WIDTH <= D:
-        x = tl.load(where, mask=rows[:, None] < limit, other=0.0)
-    else:
-        x = tl.load(where, mask=(rows[:, None] < limit) & (column[None, :] < D), other=0.0)
+    """Rows of a head from `row` on in two parts, [ROWS, FIRST] and [ROWS, REST]; the first one twice without a rest."""
+    x1 = part1.load([batch, head, row, 0]).reshape(ROWS, FIRST)
     if EXACT:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def load_rows(base, rows, limit, row_stride, width_stride, D: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-              EXACT: tl.constexpr):  # fmt: skip
-    """The rows of a head in two parts, [rows, FIRST] and [rows, REST]; the first one twice where there is no rest."""
-    part1 = load_part(base, rows, limit, row_stride, width_stride, D, 0, FIRST, EXACT)
-    part2 = part1
+        x1 = x1.to(tl.float32)
+    x2 = x1
     if REST > 0:
-        part2 = load_part(base, rows, limit, row_stride, width_stride, D, FIRST, REST, EXACT)
-    return part1, part2
+        x2 = part2.load([batch, head, row, 0]).reshape(ROWS, REST)
+        if EXACT:
+            x2 = x2.to(tl.float32)
+    return x1, x2
 
 
 @triton.jit
-def scores_of(q1, q2, base, columns, limit, row_stride, width_stride, D: tl.constexpr, FIRST: tl.constexpr,
-              REST: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+def scores_of(q1, q2, k1, k2, REST: tl.constexpr):
     """query·key of a tile: [queries, keys] float32. The width goes in two products, so 40 costs 48 and not 64."""
-    k1 = load_part(base, columns, limit, row_stride, width_stride, D, 0, FIRST, EXACT)
-    scores = tl.dot(q1, tl.trans(k1), input_precision="tf32x3")
+    scores = tl.dot(q1, k1.T, input_precision="tf32x3")
     if REST > 0:
-        k2 = load_part(base, columns, limit, row_stride, width_stride, D, FIRST, REST, EXACT)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="tf32x3")
+        scores = tl.dot(q2, k2.T, scores, input_precision="tf32x3")
     return scores

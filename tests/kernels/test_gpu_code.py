@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no package for this system")
 USE_TENSOR_CORES = {"_log_sum_exp", "_image_log_sum_exp", "_head_mean", "_mean_key"}
@@ -17,7 +18,8 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.parametrize(
-    ("capability", "width", "dtype"), [(90, 72, "bfloat16"), (90, 128, "float16"), (80, 64, "float32")]
+    ("capability", "width", "dtype"),
+    [(90, 40, "float16"), (90, 72, "bfloat16"), (90, 128, "float16"), (90, 72, "float32"), (80, 64, "float32")],
 )
 def test_every_kernel_compiles_for_a_gpu(capability: int, width: int, dtype: str) -> None:
     script = Path(__file__).parent / "compile_for_gpu.py"
@@ -31,7 +33,10 @@ def test_every_kernel_compiles_for_a_gpu(capability: int, width: int, dtype: str
         assert kernel["shared"] <= SHARED[capability], kernel
         if kernel["kernel"] in USE_TENSOR_CORES:
             assert kernel["tensor_cores"], kernel
-            assert kernel["stack"] == 0 or capability < 90, f"registers spill: {kernel}"  # tiles were chosen on 90
+            spills = (
+                kernel["stack"] > 0 and capability == 90 and dtype != "float32"
+            )  # tiles were chosen for halves on 90
+            assert not spills, f"registers spill: {kernel}"
 
 
 def test_the_driver_is_asked_for_shared_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +55,11 @@ def test_the_driver_is_asked_for_shared_memory_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiles_triton, "triton", stand_in)
     shared_memory.cache_clear()
     query = SimpleNamespace(
-        is_cuda=True, device=SimpleNamespace(index=3), shape=(1, 8, 4096, 64), element_size=lambda: 2
+        is_cuda=True,
+        device=SimpleNamespace(index=3),
+        shape=(1, 8, 4096, 64),
+        dtype=torch.float16,
+        element_size=lambda: 2,
     )
     try:
         tiles = [fitted(Tile(128, 128, warps=8, stages=2), query) for _ in range(5)]  # type: ignore[arg-type]

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
+# (query, key, value, scale) → what `scaled_dot_product_attention` answers, and the natural log-sum-exp of the scores.
+AttentionWithLse = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class SelfAttention:
@@ -128,8 +131,8 @@ class SelfAttentionTap(TorchFunctionMode):
                 value = args[2] if len(args) > 2 else kwargs["value"]
                 if self._share_softmax:
                     answer, mean_key = attention_with_mean_key(query, key, value, tokens, scale)
-                elif leaves_lse(query, key, value, args, kwargs):
-                    answer, joint_lse = attention_with_lse(query, key, value, kwargs.get("scale"))
+                elif (attend := leaves_lse(query, key, value, args, kwargs)) is not None:
+                    answer, joint_lse = attend(query, key, value, kwargs.get("scale"))
                     joint_lse, text_key = joint_lse[..., tokens], keys_outside(key, tokens)
                 image_query, image_key = query[..., tokens, :], key[..., tokens, :]
                 block = self._counted if self._calls is None else self._calls.number()
@@ -142,35 +145,54 @@ class SelfAttentionTap(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def leaves_lse(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether torch would answer this call by its flash kernel, which leaves a log-sum-exp, with these very tensors."""
+def leaves_lse(
+    query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> AttentionWithLse | None:
+    """Where torch would answer this call by a kernel that can leave its log-sum-exp: that kernel, for these tensors."""
+    kwargs = kwargs or {}
     device = query.device.type
     special = kwargs.get("attn_mask") is not None or any(
         kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")
     )
     if len(args) > 3 or special or torch.compiler.is_compiling() or device not in ("cpu", "cuda"):
-        return False
+        return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return False
+        return None
     if len({query.dtype, key.dtype, value.dtype}) > 1 or (
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype
     ):
-        return False  # torch would attend with other numbers than these
+        return None  # torch would attend with other numbers than these
     if device == "cuda" and query.shape[-1] % 8:
-        return False  # torch would pad the heads first
+        return None  # torch would pad the heads first
     chosen: int = torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=kwargs.get("scale"))
-    return chosen == int(SDPBackend.FLASH_ATTENTION.value)
+    return _KERNELS.get((device, chosen))
 
 
-def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention` answers by its flash kernel, bit for bit, and that kernel's log-sum-exp."""
-    if query.device.type == "cpu":
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        answer, lse = flash(query, key, value, 0.0, False, scale=scale)
-    else:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        answer, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
+def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    answer, lse = flash(query, key, value, 0.0, False, scale=scale)
     return answer, lse
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    answer, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[
+        :2
+    ]
+    return answer, lse
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What torch chooses on an H100."""
+    cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+    answer, lse = cudnn(query, key, value, None, True, 0.0, False, False, scale=scale)[:2]
+    return answer, lse.view(query.shape[:3])
+
+
+_KERNELS: dict[tuple[str, int], AttentionWithLse] = {
+    ("cpu", int(SDPBackend.FLASH_ATTENTION.value)): _flash_on_cpu,
+    ("cuda", int(SDPBackend.FLASH_ATTENTION.value)): _flash,
+    ("cuda", int(SDPBackend.CUDNN_ATTENTION.value)): _cudnn,
+}
 
 
 def keys_outside(key: Tensor, tokens: slice) -> Tensor:
