@@ -1,10 +1,11 @@
-"""Kernels of the teacher: attention maps, their divergence between neighbours and between timesteps.
+"""Kernels: attention maps, their divergence between neighbours and between timesteps; a student's normalisation.
 
 Each public function picks by device: Triton on CUDA, a few rows at a time in torch on a CPU. Its definition, of a few
 lines of torch, stands beside it as `…_reference`. None of them carries a gradient. See docs/kernels.md.
 """
 
 from trace_sdk.kernels.divergence import abdiv, abdiv_from_qk, abdiv_reference
+from trace_sdk.kernels.group_norm import group_norm, group_norm_reference
 from trace_sdk.kernels.head_mean import (
     head_mean_attention,
     head_mean_attention_reference,
@@ -20,6 +21,8 @@ __all__ = [
     "abdiv",
     "abdiv_from_qk",
     "abdiv_reference",
+    "group_norm",
+    "group_norm_reference",
     "head_mean_attention",
     "head_mean_attention_reference",
     "image_log_sum_exp",

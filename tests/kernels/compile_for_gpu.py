@@ -22,7 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from trace_sdk.kernels import divergence_triton, head_mean_triton, per_head_triton, temporal_kl_triton, upsample_triton
+from trace_sdk.kernels import (
+    divergence_triton,
+    group_norm_triton,
+    head_mean_triton,
+    per_head_triton,
+    temporal_kl_triton,
+    upsample_triton,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -73,6 +80,11 @@ def compile_all(capability: int, width: int, dtype: torch.dtype) -> list[dict[st
         mean_key, lse = per_head_triton.launch_mean_key(query, query, 0.1)
         for symmetric in (False, True):
             per_head_triton.launch_head_divergence(query, mean_key, lse, (16, 32), 0.1, symmetric)
+        channels = torch.empty(320, dtype=dtype)
+        for weight, silu in ((channels, True), (None, False)):
+            group_norm_triton.launch_group_norm(
+                torch.empty(1, 320, 64, 64, dtype=dtype), 32, weight, weight, 1e-5, silu
+            )
     finally:
         JITFunction.run = run
     return [

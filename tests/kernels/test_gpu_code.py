@@ -13,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no package for this system")
 USE_TENSOR_CORES = {"_log_sum_exp", "_image_log_sum_exp", "_head_mean", "_mean_key"}
-ALL = USE_TENSOR_CORES | {"_row_mass", "_upsample", "_abdiv", "_row_kl", "_head_divergence"}
+ALL = USE_TENSOR_CORES | {"_row_mass", "_upsample", "_abdiv", "_row_kl", "_head_divergence", "_moments", "_normalise"}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 

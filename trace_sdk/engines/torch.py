@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trace_sdk import __version__
 from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
-from trace_sdk.engines.torch_gpu import Captured, lower
+from trace_sdk.engines.torch_gpu import Captured, fuse_normalisation, lower
 from trace_sdk.errors import EngineError, MissingExtraError
 
 
@@ -149,8 +149,7 @@ class TorchEngine:
             program: Callable[[Any], Any] = self._plain
             if not self._plain.student.no_graph:
                 program = without_python(self._plain, image)
-            if self._compiled:
-                program = self._torch.compile(program, dynamic=False)
+            program = self._torch.compile(program, dynamic=False) if self._compiled else fuse_normalisation(program)
             program(image)  # what it cannot do at all is no matter of the capture
             try:
                 self._programs[height, width] = Captured(program, image)

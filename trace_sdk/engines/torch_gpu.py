@@ -6,6 +6,7 @@ torch is imported when the functions are called, since engines without it must s
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,6 +60,33 @@ def lower(graph: EngineGraph) -> tuple[str, str]:
     if not lowered:
         return "fp32", "fp16 changes its answers too much"
     return "fp16", "" if len(lowered) == 2 else f"{lowered[0]} alone in fp16"
+
+
+def fuse_normalisation(program: nn.Module) -> nn.Module:
+    """Group normalisations of an exported program, each with the SiLU that follows it, by our kernel; in place.
+
+    Left as they are where Triton has no package.
+    """
+    import torch
+    from torch.fx import GraphModule
+
+    from trace_sdk.kernels.group_norm import group_norm_op
+
+    aten = torch.ops.aten
+    if not isinstance(program, GraphModule) or find_spec("triton") is None:
+        return program
+    for node in list(program.graph.find_nodes(op="call_function", target=aten.group_norm.default)):
+        after = list(node.users)
+        silu = len(after) == 1 and after[0].target in (aten.silu.default, aten.silu_.default)
+        with program.graph.inserting_before(node):
+            ours = program.graph.call_function(group_norm_op._opoverload, (*node.args[:5], silu))
+        node.replace_all_uses_with(ours)
+        program.graph.erase_node(node)
+        if silu:
+            after[0].replace_all_uses_with(ours)
+            program.graph.erase_node(after[0])
+    program.recompile()
+    return program
 
 
 class Captured:
