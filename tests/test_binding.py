@@ -87,6 +87,19 @@ def test_each_known_shape_gets_a_graph_of_its_own(
     assert {(1, 16, 24, 3), (1, 24, 16, 3), (2, 16, 24, 3)} <= set(bound._bound), "a graph's buffers are never freed"
 
 
+def test_where_only_sessions_of_one_shape_capture_single_images_get_one(session: onnxruntime.InferenceSession) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def fixed(shape: tuple[int, int]) -> onnxruntime.InferenceSession:
+        asked.append(shape)
+        return session
+
+    bound = BoundSession(session, np.float32, graphs=[(16, 24), (24, 16)], fixed=fixed)
+    for shape in [(1, 16, 24), (2, 16, 24), (1, 16, 24), (1, 16, 16)]:
+        bound.run(pictures(*shape))
+    assert asked == [(16, 24)] and bound.captured == 1
+
+
 def test_a_run_that_fails_gives_its_number_and_buffers_back(
     session: onnxruntime.InferenceSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

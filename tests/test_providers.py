@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -13,7 +15,7 @@ from trace_sdk import EdgeDetector
 from trace_sdk.engines import onnx, providers
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.model_proto import read_metadata
-from trace_sdk.engines.providers import CPU, CUDA, TENSORRT, profile, tensorrt_cache, tensorrt_options
+from trace_sdk.engines.providers import CPU, CUDA, TENSORRT, FixedSessions, profile, tensorrt_cache, tensorrt_options
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
 
 MakeEngine = Callable[..., bytes]
@@ -153,14 +155,19 @@ def test_known_shapes_ask_for_cuda_graphs(
     assert started[0] == [(CUDA, {"device_id": 0}), CPU]
 
 
-def test_a_model_that_cannot_be_captured_runs_without_graphs_and_says_so(
-    tiny_engine: Path, started: list[Providers], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_model_that_cannot_be_captured_for_any_shape(
+    tiny_engine: Path, started: list[Providers], monkeypatch: pytest.MonkeyPatch, fixed: bool
 ) -> None:
-    session = onnx._session
+    """Then it is for one shape; or else it runs without graphs, and says so."""
+    session, opened_for = onnx._session, []
 
-    def refused(*arguments: Any) -> onnxruntime.InferenceSession:
-        if isinstance(arguments[-1][0], tuple) and "enable_cuda_graph" in arguments[-1][0][1]:
+    def refused(*arguments: Any, sizes: dict[str, int] | None = None) -> onnxruntime.InferenceSession:
+        capture = isinstance(arguments[-1][0], tuple) and "enable_cuda_graph" in arguments[-1][0][1]
+        if capture and not (fixed and sizes):
             raise EngineError("This session cannot use the graph capture feature")
+        if sizes:
+            opened_for.append(sizes)
         opened = session(*arguments)
         monkeypatch.setattr(opened, "get_providers", lambda: [CUDA, CPU])
         return opened
@@ -168,7 +175,24 @@ def test_a_model_that_cannot_be_captured_runs_without_graphs_and_says_so(
     monkeypatch.setattr(onnx, "_session", refused)
     info = EdgeDetector(tiny_engine, device="cuda", buckets=[64]).info
     assert info["provider"] == CUDA and info["device"] == "cuda:0"
-    assert info["device_reason"].startswith("asked for, without CUDA graphs (This session cannot")
+    if fixed:
+        assert info["device_reason"] == "asked for, a session for each known shape"
+        assert [list(sizes.values()) for sizes in opened_for] == [[1, 64, 64]]
+    else:
+        assert info["device_reason"].startswith("asked for, without CUDA graphs (This session cannot")
+
+
+def test_a_session_of_one_shape_takes_no_other(tiny_engine: Path) -> None:
+    start = partial(onnx._session, tiny_engine.read_bytes(), "tiny", 1, None)
+    general = start([CPU])
+    fixed = FixedSessions(lambda providers, *, sizes: start([CPU], sizes=sizes), 0, general)
+    picture = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
+    session = fixed((64, 96))
+    assert session is fixed((64, 96)) and session.get_inputs()[0].shape == [1, 64, 96, 3]
+    (answer,), (expected,) = (one.run(None, {"image": picture}) for one in (session, general))
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+    with pytest.raises(Exception, match="invalid dimensions"):
+        session.run(None, {"image": picture[:, :, :64]})
 
 
 def test_wrong_buckets_are_refused_before_anything_is_loaded(tiny_engine: Path, started: list[Providers]) -> None:

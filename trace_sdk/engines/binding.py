@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -32,6 +32,7 @@ class _Bound:
     device_edges: onnxruntime.OrtValue
     binding: onnxruntime.IOBinding
     options: onnxruntime.RunOptions
+    session: onnxruntime.InferenceSession
 
 
 class BoundSession:
@@ -44,6 +45,7 @@ class BoundSession:
         *,
         cuda: int | None = None,
         graphs: Collection[tuple[int, int]] = (),
+        fixed: Callable[[tuple[int, int]], onnxruntime.InferenceSession] | None = None,
         source: str = "",
     ) -> None:
         """Args:
@@ -51,10 +53,11 @@ class BoundSession:
         cuda: number of the GPU that the session computes on; None: a CPU.
         graphs: (height, width) of the inputs for which a CUDA graph is captured, one for each batch up to
             CAPTURED_BATCH; the session must have been opened for that.
+        fixed: where it could not be: what gives the session for single images of one (height, width), which can.
         source: the engine's name for messages.
         """
         self._session, self._answer, self._cuda = session, np.dtype(answer), cuda
-        self._graphs = frozenset(graphs)
+        self._graphs, self._fixed = frozenset(graphs), fixed
         self._numbers: dict[Shape, int] = {}
         self._next = count(1)
         self._bound: OrderedDict[Shape, _Bound] = OrderedDict()
@@ -94,10 +97,10 @@ class BoundSession:
         bound = self._buffers(batch.shape)
         np.copyto(bound.image, batch)
         if self._cuda is None:
-            self._session.run_with_iobinding(bound.binding, bound.options)
+            bound.session.run_with_iobinding(bound.binding, bound.options)
             return bound.edges.copy()
         bound.device_image.update_inplace(bound.image)
-        self._session.run_with_iobinding(bound.binding, bound.options)
+        bound.session.run_with_iobinding(bound.binding, bound.options)
         if self._gpu is None:
             answer: NDArray[Any] = bound.device_edges.numpy()
             return answer
@@ -129,16 +132,18 @@ class BoundSession:
                 onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, "cuda", self._cuda)
                 for array in (image, edges)
             )
-        binding = self._session.io_binding()
+        session, number = self._session, _NO_GRAPH
+        if shape[1:3] in self._graphs and shape[0] <= (CAPTURED_BATCH if self._fixed is None else 1):
+            number = self._numbers[shape] = next(self._next)
+            if self._fixed is not None:
+                session = self._fixed((shape[1], shape[2]))
+        binding = session.io_binding()
         binding.bind_ortvalue_input("image", device_image)
         binding.bind_ortvalue_output("edge_probability", device_edges)
         options = onnxruntime.RunOptions()
         if self._graphs:
-            number = _NO_GRAPH
-            if shape[1:3] in self._graphs and shape[0] <= CAPTURED_BATCH:
-                number = self._numbers[shape] = next(self._next)
             options.add_run_config_entry("gpu_graph_id", str(number))
-        return _Bound(image, edges, device_image, device_edges, binding, options)
+        return _Bound(image, edges, device_image, device_edges, binding, options, session)
 
     def _array(self, shape: Shape, dtype: DTypeLike) -> NDArray[Any]:
         return np.empty(shape, dtype) if self._gpu is None else self._gpu.pinned(shape, dtype)

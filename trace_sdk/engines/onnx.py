@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime
@@ -21,7 +22,7 @@ from trace_sdk.engines.binding import BoundSession
 from trace_sdk.engines.gpu_thread import GpuThread
 from trace_sdk.engines.manifest import Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
-from trace_sdk.engines.providers import CPU, Provider, open_session, open_tensorrt
+from trace_sdk.engines.providers import CPU, Provider, Start, open_session, open_tensorrt
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
 from trace_sdk.machine import usable_cpus
 
@@ -64,7 +65,7 @@ class OnnxEngine:
         if tensorrt:
             opened = open_tensorrt(start, device, number, self.manifest, self.sha256, known)
         else:
-            opened = open_session(start, device, number, graphs=bool(known))
+            opened = open_session(start, device, number, known)
         self._session, self.device, self.device_reason = opened.session, opened.device, opened.reason
         self.provider = self._session.get_providers()[0]
         _check_graph(self._session, self.manifest, source)
@@ -74,6 +75,7 @@ class OnnxEngine:
             self.manifest.output,
             cuda=None if on_cpu else number,
             graphs=known if opened.graphs else (),
+            fixed=opened.fixed,
             source=source,
         )
         self._gpu_thread = None if on_cpu else GpuThread(source)
@@ -119,20 +121,28 @@ def _device_number(device: str) -> int:
 
 
 def _not_on_a_cpu(
-    start: Callable[[list[Provider]], onnxruntime.InferenceSession], source: str, providers: list[Provider]
+    start: Start, source: str, providers: list[Provider], *, sizes: Mapping[str, int] = MappingProxyType({})
 ) -> onnxruntime.InferenceSession:
     if providers == [CPU]:
         raise DeviceError(
             f"{source}: computes in bf16, which onnxruntime does not have on a CPU. It runs on a GPU (device='cuda', "
             "or runtime='tensorrt-rtx' or 'tensorrt'); for a CPU export the student with --precision fp16."
         )
-    return start(providers)
+    return start(providers, sizes=sizes)
 
 
 def _session(
-    model: bytes, source: str, threads: int, beside: Path | None, providers: list[Provider]
+    model: bytes,
+    source: str,
+    threads: int,
+    beside: Path | None,
+    providers: list[Provider],
+    *,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    for dimension, size in sizes.items():
+        options.add_free_dimension_override_by_name(dimension, size)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if beside is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import io
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import onnxruntime
 
@@ -21,7 +21,6 @@ from trace_sdk.machine import cache_folder
 from trace_sdk.network_input import padded_length
 
 Provider: TypeAlias = "str | tuple[str, dict[str, int | str]]"
-Start: TypeAlias = Callable[[list[Provider]], onnxruntime.InferenceSession]
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 TENSORRT_BATCH = 8  # the largest batch in the profile of a TensorRT engine
@@ -33,18 +32,50 @@ _TENSORRT_INSTALL = (
 )
 
 
+class Start(Protocol):
+    """Opens a session on providers; `sizes` are those of dimensions that will always be the same, by their names."""
+
+    def __call__(
+        self, providers: list[Provider], *, sizes: Mapping[str, int] = ...
+    ) -> onnxruntime.InferenceSession: ...
+
+
+class FixedSessions:
+    """Sessions that can capture a CUDA graph, each for single images of one shape.
+
+    A part of a model for any shape may have to ask which it is: that runs on the CPU, and no graph can hold it. For one
+    shape onnxruntime makes constants of all that follows from it.
+    """
+
+    def __init__(self, start: Start, number: int, general: onnxruntime.InferenceSession) -> None:
+        """`number` is the GPU's; `general` has the model for any shape."""
+        self._start = start
+        self._providers: list[Provider] = [(CUDA, cuda_options(number, graphs=True)), CPU]
+        self._dimensions = general.get_inputs()[0].shape[:3]
+        self._sessions: dict[tuple[int, int], onnxruntime.InferenceSession] = {}
+
+    def __call__(self, shape: tuple[int, int]) -> onnxruntime.InferenceSession:
+        """That of (height, width), opened when it is first asked for. Raises EngineError if it cannot capture."""
+        if shape not in self._sessions:
+            named = zip(self._dimensions, (1, *shape), strict=True)
+            sizes = {name: size for name, size in named if isinstance(name, str)}
+            self._sessions[shape] = self._start(self._providers, sizes=sizes)
+        return self._sessions[shape]
+
+
 @dataclass(frozen=True)
 class Opened:
-    """A session, the device it runs on, why there, and whether it can capture CUDA graphs."""
+    """A session, the device it runs on, why there, and whether CUDA graphs can be captured: in it, or in `fixed`."""
 
     session: onnxruntime.InferenceSession
     device: str
     reason: str
     graphs: bool = False
+    fixed: FixedSessions | None = None
 
 
-def open_session(start: Start, device: str, number: int, *, graphs: bool) -> Opened:
-    """On the CPU or on CUDA; `graphs` if shapes are known, so that CUDA graphs are worth it.
+def open_session(start: Start, device: str, number: int, shapes: Collection[tuple[int, int]]) -> Opened:
+    """On the CPU or on CUDA; if `shapes`, (height, width), are known, CUDA graphs are worth it.
 
     Raises:
         DeviceError: CUDA was asked for and does not start.
@@ -61,7 +92,7 @@ def open_session(start: Start, device: str, number: int, *, graphs: bool) -> Ope
         )
     load_libraries()
     session, without_graphs, trouble = None, "", "CUDA did not start"
-    for capture in (True, False) if graphs else (False,):
+    for capture in (True, False) if shapes else (False,):
         try:
             session = start([(CUDA, cuda_options(number, graphs=capture)), CPU])
             break
@@ -69,7 +100,14 @@ def open_session(start: Start, device: str, number: int, *, graphs: bool) -> Ope
             without_graphs, trouble = f", without CUDA graphs ({error})", str(error)
     if session is not None and session.get_providers()[0] == CUDA:
         reason = "auto: CUDA works" if device == "auto" else "asked for"
-        return Opened(session, f"cuda:{number}", reason + ("" if capture else without_graphs), capture)
+        if capture or not shapes:
+            return Opened(session, f"cuda:{number}", reason, capture)
+        fixed = FixedSessions(start, number, session)
+        try:
+            fixed(min(shapes))
+        except EngineError:
+            return Opened(session, f"cuda:{number}", reason + without_graphs)
+        return Opened(session, f"cuda:{number}", f"{reason}, a session for each known shape", True, fixed)
     if device == "auto":
         return Opened(start([CPU]), "cpu", f"auto: {trouble}")
     if session is None:

@@ -146,10 +146,9 @@ class TorchEngine:
             from trace_sdk.export.graph import without_python
 
             image = pixels.clone()
-            program: Callable[[Any], Any] = self._plain
-            if not self._plain.student.no_graph:
-                program = without_python(self._plain, image)
-            program = self._torch.compile(program, dynamic=False) if self._compiled else fuse_normalisation(program)
+            plain = self._plain if self._plain.student.no_graph else without_python(self._plain, image)
+            program: Callable[[Any], Any]
+            program = self._torch.compile(plain, dynamic=False) if self._compiled else fuse_normalisation(plain)
             program(image)  # what it cannot do at all is no matter of the capture
             try:
                 self._programs[height, width] = Captured(program, image)
