@@ -45,14 +45,14 @@ MIDDLE_BLOCKS = (2, 3, 4, 5, 6)
 THRESHOLDS = 33
 MISSING = "not measured"
 
-DECODER_STEPS, MORE_STEPS = 120, 10
+DECODER_STEPS, MORE_STEPS = 200, 150
 SHORT = partial(
     DistillSettings,
     steps=DECODER_STEPS + MORE_STEPS,
     tokens=4096,
     sizes=(256,),
     batches=30,
-    lora_learning_rate=2e-3,  # ten times the recipe's, for so few steps
+    lora_learning_rate=1e-3,  # five times the recipe's, for so few steps
 )
 LORA_FROM = DECODER_STEPS / (DECODER_STEPS + MORE_STEPS)
 STUDENTS = {
