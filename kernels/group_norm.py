@@ -40,7 +40,8 @@ def group_norm(
         eps: added to the variance.
 
     Returns:
-        As `x`, contiguous. Sums are in float32; no gradient, and the same bits each time.
+        As `x`: channels last in memory if `x` is, else contiguous. Sums are in float32; no gradient, and the same bits
+        each time.
 
     Raises:
         ArgumentError: `groups` does not divide the channels.
@@ -56,13 +57,21 @@ def group_norm(
 @torch.library.custom_op("trace_sdk::group_norm", mutates_args=())
 def group_norm_op(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     """As a node of a graph, see `group_norm`."""
+    x = x.contiguous(memory_format=_memory_format(x))
     if runs_triton(x):
         from trace_sdk.kernels.group_norm_triton import launch_group_norm
 
-        return launch_group_norm(x.contiguous(), groups, weight, bias, eps, silu)
-    return group_norm_reference(x.contiguous(), groups, weight, bias, eps, silu).contiguous()
+        # Rows and columns are one axis in either format.
+        positions = x.movedim(1, -1).flatten(1, -2).movedim(-1, 1) if x.ndim > 3 else x
+        return launch_group_norm(positions, groups, weight, bias, eps, silu).view(x.shape)
+    return group_norm_reference(x, groups, weight, bias, eps, silu).contiguous(memory_format=_memory_format(x))
 
 
 @group_norm_op.register_fake
 def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

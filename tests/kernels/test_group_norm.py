@@ -38,10 +38,16 @@ def test_against_the_formula(device: str, shape: tuple[int, ...], groups: int, d
         np.testing.assert_allclose(got.cpu().double().numpy(), want, atol=LIMITS[dtype] * np.abs(want).max(), rtol=0)
 
 
-def test_any_strides_and_the_same_bits_twice(device: str) -> None:
-    x = torch.randn(2, 8, 6, 5, device=device)
+@pytest.mark.parametrize(("shape", "groups"), [((2, 8, 6, 5), 4), ((1, 30, 70, 40), 3), ((1, 4, 1, 1), 2)])
+def test_channels_last_stays_so_and_other_strides_are_copied(device: str, shape: tuple[int, ...], groups: int) -> None:
+    x = torch.randn(shape, device=device)
     last = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(group_norm(last, 4), group_norm(x, 4), rtol=0, atol=0)
+    answer = group_norm(last, groups, silu=True)
+    assert answer.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(answer, group_norm(x, groups, silu=True), rtol=0, atol=2e-6)
+    assert torch.equal(group_norm(last, groups, silu=True), answer)  # the same bits twice
+    gaps = torch.stack([x, x], -1)[..., 0]
+    torch.testing.assert_close(group_norm(gaps, groups, silu=True), answer, rtol=0, atol=2e-6)
 
 
 def test_groups_must_divide_the_channels() -> None:

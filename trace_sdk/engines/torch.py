@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trace_sdk import __version__
 from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
-from trace_sdk.engines.torch_gpu import Captured, fuse_normalisation, lower
+from trace_sdk.engines.torch_gpu import Captured, channels_last, fuse_normalisation, lower
 from trace_sdk.errors import EngineError, MissingExtraError
 
 
@@ -106,6 +106,8 @@ class TorchEngine:
         )
         known = shapes(self.manifest)
         self._known = frozenset(() if on_cpu else known)
+        if self._known and not compiled:  # torch.compile lays them out by itself
+            channels_last(self._plain)
 
     @property
     def cuda_graphs(self) -> int:

@@ -62,6 +62,15 @@ def lower(graph: EngineGraph) -> tuple[str, str]:
     return "fp16", "" if len(lowered) == 2 else f"{lowered[0]} alone in fp16"
 
 
+def channels_last(graph: EngineGraph) -> None:
+    """Hold the convolutions' weights as tensor cores read them, in place: then all between them comes in that order."""
+    import torch
+
+    for module in graph.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def fuse_normalisation(program: nn.Module) -> nn.Module:
     """Group normalisations of an exported program, each with the SiLU that follows it, by our kernel; in place.
 
