@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import PIL
@@ -26,9 +26,8 @@ KEPT = 32  # filters that stay on the device, of one axis and one pair of length
 STRIP = 64  # how many times longer than the network's size a photo may be to be scaled on the device
 TALL_BY_ROWS = int(PIL.__version__.partition(".")[0]) >= 13  # Pillow scales rows first where that saves it time
 
-Filter = tuple[
-    "Tensor", "Tensor"
-]  # which samples each result is a sum of, int64 [taps, out]; their weights, [taps, out]
+# Which samples each result is a sum of, int64 [taps, out], and their weights, [taps, out].
+Filter: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 class Scaling:
@@ -44,7 +43,7 @@ class Scaling:
         import torch
 
         height, width = scaled_shape(rgb.shape[0], rgb.shape[1], size)
-        if max(rgb.shape) > STRIP * size:  # a strip's filter would be longer than worth the memory
+        if max(rgb.shape[:2]) > STRIP * size:  # a strip's filter would be longer than worth the memory
             rgb = fit(rgb, size, lambda side: side)[0]
         pixels = torch.from_numpy(rgb).to(self._device)
         for axis in _axes(rgb.shape, (height, width)):
