@@ -32,15 +32,16 @@ BATCH = 8  # images that run_batch gives to the engine at once
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """A picture ready for the network.
+    """A picture ready for the engine.
 
-    `pixels` is uint8 [h, w, 3], padded; `height` and `width` are without padding; timings in ms.
+    `pixels` is uint8 [h, w, 3], scaled and padded, or the picture itself where the engine does that; `scaled` and
+    `padded` are (height, width) that the network sees, without and with padding; timings in ms.
     """
 
     image: Image
     pixels: NDArray[np.uint8]
-    height: int
-    width: int
+    scaled: tuple[int, int]
+    padded: tuple[int, int]
     timings: dict[str, float]
 
 
@@ -178,11 +179,10 @@ class EdgeDetector:
 
     def warmup(self) -> None:
         """Run the network on an empty square, or on each shape of `buckets`, so that no first answer is slow."""
-        if not self.buckets:
-            self.run(np.zeros((self.size, self.size), np.uint8))
-            return
         for height, width in self.bucket_shapes():
             self._engine.infer(np.zeros((1, height, width, 3), np.uint8))
+        if not self.buckets or self._engine.infer_photos is not None:
+            self.run(np.zeros((self.size + 1, self.size + 1), np.uint8))  # a pixel more, so that scaling is warm, too
 
     def bucket_shapes(self) -> list[tuple[int, int]]:
         """(height, width) of every input that the network can get with `buckets` and `size`; empty without."""
@@ -222,37 +222,53 @@ class EdgeDetector:
         start = time.perf_counter()
         picture = read_image(image, source)
         decoded = time.perf_counter()
-        if self._scales_itself:
-            pixels, (height, width) = picture.rgb, picture.rgb.shape[:2]
-        else:
-            pixels, height, width = fit(picture.rgb, self.size, self._padded)
+        scaled = scaled_shape(picture.rgb.shape[0], picture.rgb.shape[1], self.size)
+        padded = self._padded(scaled[0]), self._padded(scaled[1])
+        as_it_is = self._scales_itself or (self._engine.infer_photos is not None and self._in_one_piece(padded))
+        pixels = picture.rgb if as_it_is else fit(picture.rgb, self.size, self._padded)[0]
         resized = time.perf_counter()
         timings = {"decode": (decoded - start) * 1e3, "resize": (resized - decoded) * 1e3}
-        return _Prepared(picture, pixels, height, width, timings)
+        return _Prepared(picture, pixels, scaled, padded, timings)
 
     def _padded(self, length: int) -> int:
         return bucket_length(length, self._manifest, self.buckets)
 
     def _answer(self, prepared: list[_Prepared]) -> list[EdgeMap]:
-        """One map each; pictures of one shape go through the engine together."""
+        """One map each; pictures of which the engine sees one shape go through it together."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(prepared):
-            by_shape.setdefault(item.pixels.shape, []).append(index)
+            by_shape.setdefault(item.pixels.shape if self._scales_itself else item.padded, []).append(index)
         answers: dict[int, EdgeMap] = {}
-        for indices in by_shape.values():
+        for shape, indices in by_shape.items():
             start = time.perf_counter()
-            probabilities, pieces = self._infer(np.stack([prepared[index].pixels for index in indices]))
+            probabilities, pieces = self._infer([prepared[index].pixels for index in indices], shape)
             network = (time.perf_counter() - start) * 1e3 / len(indices)
             for index, probability in zip(indices, probabilities, strict=True):
                 answers[index] = self._finish(prepared[index], probability, network, pieces)
         return [answers[index] for index in range(len(prepared))]
 
-    def _infer(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
-        """uint8 [B, h, w, 3] → float32 [B, h, w], and in how many pieces each picture was run."""
-        height, width = batch.shape[1:3]
-        tile, step = (self.buckets or (self._manifest.max_size,))[-1], self._manifest.multiple_of
-        if self._scales_itself or max(height, width) <= tile:
+    @property
+    def _tile(self) -> int:
+        return (self.buckets or (self._manifest.max_size,))[-1]
+
+    def _in_one_piece(self, shape: tuple[int, ...]) -> bool:
+        return max(shape[:2]) <= self._tile
+
+    def _infer(
+        self, pictures: list[NDArray[np.uint8]], shape: tuple[int, ...]
+    ) -> tuple[Iterable[NDArray[np.float32]], int]:
+        """The `pixels` of pictures that become `shape` → float32 each, and in how many pieces each was run.
+
+        Answers to pictures as they are have their size, others the padded one.
+        """
+        whole = self._scales_itself or self._in_one_piece(shape)
+        if whole and self._engine.infer_photos is not None:
+            return self._engine.infer_photos(pictures, self.size, self._padded), 1
+        batch = np.stack(pictures)
+        if whole:
             return self._engine.infer(batch), 1
+        height, width = shape
+        tile, step = self._tile, self._manifest.multiple_of
         overlap = min(max(tile // 4 // step * step, step), tile - step)
         windows = tiles(height, width, tile, overlap, step)
 
@@ -265,18 +281,15 @@ class EdgeDetector:
     def _finish(self, prepared: _Prepared, probability: NDArray[np.float32], network: float, pieces: int) -> EdgeMap:
         start = time.perf_counter()
         height, width = prepared.image.rgb.shape[:2]
-        probability = unfit(probability, prepared.height, prepared.width, (height, width))
+        if prepared.pixels is not prepared.image.rgb:
+            probability = unfit(probability, *prepared.scaled, (height, width))
         timings = {**prepared.timings, "network": network, "resize_back": (time.perf_counter() - start) * 1e3}
-        seen, padded = (prepared.height, prepared.width), prepared.pixels.shape[:2]
-        if self._scales_itself:
-            seen = scaled_shape(height, width, self.size)
-            padded = (self._padded(seen[0]), self._padded(seen[1]))
         info = {
             **self.info,
             "source": prepared.image.source,
             "input_size": (width, height),
-            "network_size": seen[::-1],
-            "padded_size": padded[::-1],
+            "network_size": prepared.scaled[::-1],
+            "padded_size": prepared.padded[::-1],
             "tiles": pieces,
             "timings": {**timings, "total": sum(timings.values())},
         }

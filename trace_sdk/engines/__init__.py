@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -21,6 +21,9 @@ from trace_sdk.errors import ArgumentError, EngineError
 ON_CPU, ON_GPU = "trace-nano", "trace-small"  # what is opened where no engine is named
 BUNDLED = (ON_CPU, ON_GPU)
 Shapes: TypeAlias = Callable[[Manifest], Collection[tuple[int, int]]]  # see `open_engine`
+# Photos uint8 [H, W, 3] of any sizes, and `size` and `padded` of `trace_sdk.network_input.fit`, which make one shape of
+# them all → the edge probability of each, float32 [H, W].
+InferPhotos: TypeAlias = Callable[[Sequence[NDArray[np.uint8]], int, Callable[[int], int]], list[NDArray[np.float32]]]
 RUNTIMES = ("onnxruntime", "onnxruntime-tensorrt", *PACKAGES, "torch", "torch.compile")
 
 
@@ -52,6 +55,11 @@ class Engine(Protocol):
 
     @property
     def cuda_graphs(self) -> int: ...
+
+    @property
+    def infer_photos(self) -> InferPhotos | None:
+        """As `fit`, `infer` and `unfit` of `trace_sdk.network_input`, all on the device; None: it only infers."""
+        ...
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Edge probability of RGB pictures: uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1].

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,26 +14,33 @@ from trace_sdk.errors import EngineError, OutOfMemoryError
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad.?alloc|cudaErrorMemoryAllocation", re.IGNORECASE)
 ROUNDING = 1e-3  # by which fp16 may overshoot 0 or 1
 
+Batch = TypeVar("Batch", NDArray[np.uint8], list[NDArray[np.uint8]])  # one array, or photos of several sizes
+Answer = TypeVar("Answer")
+
 
 def halved_once(
-    run: Callable[[NDArray[np.uint8]], NDArray[Any]], batch: NDArray[np.uint8], source: str, device: str
-) -> NDArray[Any]:
-    """The answers to a batch, in two halves if the device has not the memory for all of it.
+    run: Callable[[Batch], Answer], batch: Batch, shape: tuple[int, ...], source: str, device: str
+) -> list[Answer]:
+    """The answer to a batch, or to each of its halves if the device has not the memory for all of it.
+
+    Args:
+        shape: height and width that the network sees, for the message.
 
     Raises:
         OutOfMemoryError: not for half of it, or for one picture; says what to lower.
         EngineError: of `run`, anything else.
     """
     word = ""
-    for parts in ([batch],) if len(batch) == 1 else ([batch], np.array_split(batch, 2)):
+    half = (len(batch) + 1) // 2
+    for parts in ([batch],) if len(batch) == 1 else ([batch], [batch[:half], batch[half:]]):
         try:
-            return joined([run(part) for part in parts])
+            return [run(part) for part in parts]
         except EngineError as error:
             if not _NO_MEMORY.search(str(error)):
                 raise
             word = str(error)
         # Here the error is gone, whose traceback held what the failed run had allocated.
-    count, height, width = batch.shape[:3]
+    count, (height, width) = len(batch), shape
     lower = f"a smaller size (here {width}x{height} pixels)"
     if count > 1:
         lower = f"a smaller batch (here {count}, half of it was tried), or {lower}"
@@ -55,11 +62,15 @@ def checked(answer: NDArray[Any], batch: NDArray[np.uint8], source: str, device:
         raise EngineError(f"{source}: answered {answer.shape} to {batch.shape}. Export it again.")
     if answer.dtype == np.uint8:
         return answer.astype(np.float32) / np.float32(255)
-    low, high = float(answer.min()), float(answer.max())
+    check_range(float(answer.min()), float(answer.max()), source, device)
+    clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0, dtype=np.float32)
+    return clipped
+
+
+def check_range(low: float, high: float, source: str, device: str) -> None:
+    """Raises EngineError if an answer's smallest or largest value is NaN or leaves [0, 1]."""
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise EngineError(
             f"{source}: answered values from {low} to {high} on {device}, expected [0, 1]. "
             "Export it again at a higher precision."
         )
-    clipped: NDArray[np.float32] = np.clip(answer, 0.0, 1.0, dtype=np.float32)
-    return clipped

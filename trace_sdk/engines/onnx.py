@@ -37,6 +37,7 @@ class OnnxEngine:
     """
 
     engine_reason = "asked for"
+    infer_photos = None
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class OnnxEngine:
             return joined([self._answer(batch[i : i + 1]) for i in range(len(batch))])
 
     def _answer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return halved_once(self._run, batch, self._source, self.device)
+        return joined(halved_once(self._run, batch, batch.shape[1:3], self._source, self.device))
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:

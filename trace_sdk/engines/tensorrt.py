@@ -63,6 +63,7 @@ class TensorRTEngine:
     """One plan on one GPU. Safe to call from many threads: answers are made one after another, in one of its own."""
 
     engine_reason = "asked for"
+    infer_photos = None
     memory = "device, and pinned on the host"
 
     def __init__(
@@ -129,7 +130,13 @@ class TensorRTEngine:
     def _answer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         most = self.built.profile["max"][0]
         parts = [batch[start : start + most] for start in range(0, len(batch), most)]
-        return joined([halved_once(self._run, part, self._source, self.device) for part in parts])
+        return joined(
+            [
+                answer
+                for part in parts
+                for answer in halved_once(self._run, part, part.shape[1:3], self._source, self.device)
+            ]
+        )
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:

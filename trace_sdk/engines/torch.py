@@ -6,8 +6,8 @@ import hashlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
@@ -18,17 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk import __version__
-from trace_sdk.engines.answers import checked, halved_once, joined
+from trace_sdk.engines import InferPhotos
+from trace_sdk.engines.answers import check_range, checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.torch_gpu import Captured, channels_last, fuse_normalisation, lower
+from trace_sdk.engines.torch_scaling import Scaling
 from trace_sdk.errors import EngineError, MissingExtraError
+from trace_sdk.network_input import scaled_shape
 
 
 class TorchEngine:
     """One student on one device. Safe to call from many threads: answers are made one after another.
 
     On a CPU the images of a batch run one by one, so that each gets the answer that it gets alone; so they do in the
-    shapes that are known beforehand on a GPU, each of which is a CUDA graph of its own.
+    shapes that are known beforehand on a GPU, each of which is a CUDA graph of its own. A GPU also scales the photos.
     """
 
     engine_reason = "asked for"
@@ -76,6 +79,7 @@ class TorchEngine:
         self._compiled = compiled
         self._graph = torch.compile(self._plain, dynamic=True) if compiled else self._plain
         self.memory = "host" if on_cpu else "device, and pageable on the host"
+        self._scaling = Scaling(target)
         self._one_at_a_time = threading.Lock()
         # Each thread has a current GPU of its own.
         self._on_device = nullcontext if on_cpu else partial(torch.cuda.device, target)
@@ -114,32 +118,70 @@ class TorchEngine:
         """CUDA graphs captured so far."""
         return sum(isinstance(program, Captured) for program in self._programs.values())
 
+    @property
+    def infer_photos(self) -> InferPhotos | None:
+        """Photos of any size → their edges at that size, scaled on the GPU; see `Engine.infer_photos`."""
+        return None if self.device == "cpu" else self._infer_photos
+
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
+        shape = batch.shape[1:3]
         with self._one_at_a_time:
-            if self.device == "cpu" or batch.shape[1:3] in self._known:
-                answer = joined([self._answer(batch[i : i + 1]) for i in range(len(batch))])
-            else:
-                answer = self._answer(batch)
-        return checked(answer, batch, self._source, self.device)
+            parts = [batch[i : i + 1] for i in range(len(batch))] if self._one_by_one(shape) else [batch]
+            answers = [halved_once(self._run, part, shape, self._source, self.device) for part in parts]
+        return checked(joined([answer for part in answers for answer in part]), batch, self._source, self.device)
 
-    def _answer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return halved_once(self._run, batch, self._source, self.device)
+    def _infer_photos(
+        self, photos: Sequence[NDArray[np.uint8]], size: int, padded: Callable[[int], int]
+    ) -> list[NDArray[np.float32]]:
+        height, width = scaled_shape(photos[0].shape[0], photos[0].shape[1], size)
+        shape = padded(height), padded(width)
+        run = partial(self._run_photos, size=size, padded=padded)
+        with self._one_at_a_time:
+            parts = [[photo] for photo in photos] if self._one_by_one(shape) else [[*photos]]
+            answers = [halved_once(run, part, shape, self._source, self.device) for part in parts]
+        return [edges for part in answers for answer in part for edges in answer]
+
+    def _one_by_one(self, shape: tuple[int, ...]) -> bool:
+        return self.device == "cpu" or shape in self._known
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        torch = self._torch
+        with self._computing(batch.shape):
+            pixels = self._torch.from_numpy(np.ascontiguousarray(batch)).to(self._target)
+            answer: NDArray[np.float32] = self._network(pixels).cpu().numpy()
+        return answer
+
+    def _run_photos(
+        self, photos: list[NDArray[np.uint8]], size: int, padded: Callable[[int], int]
+    ) -> list[NDArray[np.float32]]:
+        with self._computing((len(photos), *photos[0].shape)):
+            fitted = [self._scaling.fit(photo, size, padded) for photo in photos]
+            answers = self._network(self._torch.stack([pixels for pixels, _, _ in fitted]))
+            bounds = self._torch.stack(answers.aminmax())
+            edges = [
+                self._scaling.unfit(answer.clamp(0, 1), height, width, photo.shape).cpu().numpy()
+                for answer, (_, height, width), photo in zip(answers, fitted, photos, strict=True)
+            ]
+            low, high = bounds.tolist()
+        check_range(low, high, self._source, self.device)
+        return edges
+
+    @contextmanager
+    def _computing(self, shape: tuple[int, ...]) -> Iterator[None]:
         try:
-            with torch.no_grad(), self._on_device(), warnings.catch_warnings():
+            with self._torch.no_grad(), self._on_device(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a photo's array is read-only, and nothing writes to it
-                pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self._target)
-                run = self._known_shape(pixels) if batch.shape[1:3] in self._known else self._graph
-                answer: NDArray[np.float32] = run(pixels).float().cpu().numpy()
+                yield
         except RuntimeError as error:  # torch's own errors, out of memory among them
             raise EngineError(
-                f"{self._source}: failed on {self.device} with input {batch.shape} ({str(error).splitlines()[0]}). "
+                f"{self._source}: failed on {self.device} with input {shape} ({str(error).splitlines()[0]}). "
                 "Try a smaller size, or another device."
             ) from error
-        return answer
+
+    def _network(self, pixels: Any) -> Any:
+        """On the device: uint8 [B, H, W, 3] → float32 [B, H, W], overwritten by the next answer to a known shape."""
+        known = tuple(pixels.shape[1:3]) in self._known
+        return (self._known_shape(pixels) if known else self._graph)(pixels).float()
 
     def _known_shape(self, pixels: Any) -> Callable[[Any], Any]:
         """What answers a known shape: made when it is first met, as a CUDA graph where the model allows it."""
