@@ -121,7 +121,7 @@ def _wrapped(engine: onnx.ModelProto, manifest: Manifest, output: str) -> onnx.M
         steps = graph.Div(graph.Add(scaled[-1], np.int64(manifest.multiple_of - 1)), np.int64(manifest.multiple_of))
         padded.append(graph.Max(graph.Mul(steps, np.int64(manifest.multiple_of)), np.int64(manifest.min_size)))
     pixels = graph.Transpose("image", perm=[0, 2, 1, 3])
-    for axis in (1, 0):  # columns first, as Pillow
+    for axis in (1, 0):  # the width first, as there
         taps, weights = _filter(graph, _bicubic, 2.0, sides[axis], scaled[axis], padded[axis])
         fixed = graph.Mul(weights, np.float64(1 << FIXED_POINT))
         rounded = graph.Cast(graph.Add(fixed, graph.Mul(graph.Sign(fixed), np.float64(0.5))), to=TensorProto.INT32)

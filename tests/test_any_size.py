@@ -21,7 +21,10 @@ from trace_sdk.export.any_size import take_any_size
 from trace_sdk.network_input import fit, padded_length
 
 MakeEngine = Callable[..., bytes]
-SHAPES = [(1, 1), (1, 2), (63, 100), (111, 63), (128, 128), (128, 77), (300, 400), (1, 700), (500, 3), (129, 128)]
+SHAPES = [
+    (1, 1), (1, 2), (63, 100), (111, 63), (128, 128), (128, 77), (300, 400), (1, 700), (500, 3), (129, 128),
+    (200, 60), (700, 200), (60, 20),  # more than twice as tall as wide: the order of the axes matters
+]  # fmt: skip
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:
