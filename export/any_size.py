@@ -148,6 +148,8 @@ def _wrapped(engine: onnx.ModelProto, manifest: Manifest, output: str) -> onnx.M
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])],
         [helper.make_tensor_value_info("edge_probability", kind, ["batch", "height", "width"])],
         [*network.initializer, *graph.constants],
+        # onnxruntime needs the rank: its layout pass fails on an image pyramid without.
+        value_info=[helper.make_tensor_value_info("network/image", TensorProto.UINT8, ["batch", None, None, 3])],
     )
     return helper.make_model(
         whole, opset_imports=engine.opset_import, ir_version=engine.ir_version, functions=engine.functions

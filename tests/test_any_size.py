@@ -61,6 +61,14 @@ def test_the_network_sees_the_levels_that_pillow_makes(converted: Path, shape: t
     np.testing.assert_array_equal(session.run(["network/image"], {"image": photo[None]})[0][0], expected)
 
 
+def test_an_image_pyramid_can_be_converted(tmp_path: Path) -> None:
+    path = tmp_path / "any-size.onnx"
+    assert CliRunner().invoke(main, ["export", "trace-nano", "-o", f"{path}", "--any-size"]).exit_code == 0
+    photo = noise(1100, 400)
+    expected, edges = EdgeDetector("trace-nano", device="cpu").run(photo), EdgeDetector(path, device="cpu").run(photo)
+    np.testing.assert_allclose(edges.probability, expected.probability, atol=1e-5)
+
+
 def test_batches(converted: Path) -> None:
     photos = np.stack([noise(50, 70), noise(50, 70)[::-1]])
     (together,) = onnxruntime.InferenceSession(converted, providers=["CPUExecutionProvider"]).run(
