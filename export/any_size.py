@@ -121,7 +121,7 @@ def _wrapped(engine: onnx.ModelProto, manifest: Manifest, output: str) -> onnx.M
         steps = graph.Div(graph.Add(scaled[-1], np.int64(manifest.multiple_of - 1)), np.int64(manifest.multiple_of))
         padded.append(graph.Max(graph.Mul(steps, np.int64(manifest.multiple_of)), np.int64(manifest.min_size)))
     pixels = graph.Transpose("image", perm=[0, 2, 1, 3])
-    for axis in (1, 0):  # columns first, as Pillow
+    for axis in (1, 0):  # the width first, as there
         taps, weights = _filter(graph, _bicubic, 2.0, sides[axis], scaled[axis], padded[axis])
         fixed = graph.Mul(weights, np.float64(1 << FIXED_POINT))
         rounded = graph.Cast(graph.Add(fixed, graph.Mul(graph.Sign(fixed), np.float64(0.5))), to=TensorProto.INT32)
@@ -148,6 +148,8 @@ def _wrapped(engine: onnx.ModelProto, manifest: Manifest, output: str) -> onnx.M
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])],
         [helper.make_tensor_value_info("edge_probability", kind, ["batch", "height", "width"])],
         [*network.initializer, *graph.constants],
+        # onnxruntime needs the rank: its layout pass fails on an image pyramid without.
+        value_info=[helper.make_tensor_value_info("network/image", TensorProto.UINT8, ["batch", None, None, 3])],
     )
     return helper.make_model(
         whole, opset_imports=engine.opset_import, ir_version=engine.ir_version, functions=engine.functions

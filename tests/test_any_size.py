@@ -21,7 +21,10 @@ from trace_sdk.export.any_size import take_any_size
 from trace_sdk.network_input import fit, padded_length
 
 MakeEngine = Callable[..., bytes]
-SHAPES = [(1, 1), (1, 2), (63, 100), (111, 63), (128, 128), (128, 77), (300, 400), (1, 700), (500, 3), (129, 128)]
+SHAPES = [
+    (1, 1), (1, 2), (63, 100), (111, 63), (128, 128), (128, 77), (300, 400), (1, 700), (500, 3), (129, 128),
+    (200, 60), (700, 200), (60, 20),  # more than twice as tall as wide: the order of the axes matters
+]  # fmt: skip
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:
@@ -56,6 +59,14 @@ def test_the_network_sees_the_levels_that_pillow_makes(converted: Path, shape: t
     photo = noise(*shape)
     expected, *_ = fit(photo, 128, lambda side: padded_length(side, 8, 16))
     np.testing.assert_array_equal(session.run(["network/image"], {"image": photo[None]})[0][0], expected)
+
+
+def test_an_image_pyramid_can_be_converted(tmp_path: Path) -> None:
+    path = tmp_path / "any-size.onnx"
+    assert CliRunner().invoke(main, ["export", "trace-nano", "-o", f"{path}", "--any-size"]).exit_code == 0
+    photo = noise(1100, 400)
+    expected, edges = EdgeDetector("trace-nano", device="cpu").run(photo), EdgeDetector(path, device="cpu").run(photo)
+    np.testing.assert_allclose(edges.probability, expected.probability, atol=1e-5)
 
 
 def test_batches(converted: Path) -> None:

@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
 from trace_sdk.network_input import fit, scaled_shape
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 FIXED_POINT = 22  # bits behind the point of Pillow's weights for 8-bit pictures
 KEPT = 32  # filters that stay on the device, of one axis and one pair of lengths each
 STRIP = 64  # how many times longer than the network's size a photo may be to be scaled on the device
-TALL_BY_ROWS = int(PIL.__version__.partition(".")[0]) >= 13  # Pillow scales rows first where that saves it time
+WIDTH_FIRST = (1, 0)  # the order of the axes, as `trace_sdk.network_input`
 
 # Which samples each result is a sum of, int64 [taps, out], and their weights, [taps, out].
 Filter: TypeAlias = "tuple[Tensor, Tensor]"
@@ -46,7 +45,7 @@ class Scaling:
         if max(rgb.shape[:2]) > STRIP * size:  # a strip's filter would be longer than worth the memory
             rgb = fit(rgb, size, lambda side: side)[0]
         pixels = torch.from_numpy(rgb).to(self._device)
-        for axis in _axes(rgb.shape, (height, width)):
+        for axis in WIDTH_FIRST:
             source, side = rgb.shape[axis], (height, width)[axis]
             if not source == side == padded(side):
                 total = _summed(pixels, axis, self._bicubic(source, side, padded(side)))
@@ -57,16 +56,10 @@ class Scaling:
     def unfit(self, answer: Tensor, height: int, width: int, shape: tuple[int, ...]) -> Tensor:
         """As `trace_sdk.network_input.unfit`: float32 [h + bottom, w + right] → float32 of the photo's `shape`."""
         answer = answer[:height, :width]
-        for axis in _axes((height, width), shape):
+        for axis in WIDTH_FIRST:
             if answer.shape[axis] != shape[axis]:
                 answer = _summed(answer, axis, self._bilinear(answer.shape[axis], shape[axis])).float()
         return answer.clamp(0, 1)
-
-
-def _axes(source: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, int]:
-    """The order in which Pillow scales the axes."""
-    height, width = source[0] - out[0], source[1] - out[1]
-    return (0, 1) if TALL_BY_ROWS and height > max(0, 2 * width) else (1, 0)
 
 
 def _summed(values: Tensor, axis: int, taps_and_weights: Filter) -> Tensor:
