@@ -64,11 +64,11 @@ def exact_dots(x: Tensor) -> bool:
 def aligned(x: Tensor) -> Tensor:
     """x [B, heads, N, d] itself if the GPU's copy engine can read its rows where they lie, else a copy that it can.
 
-    That wants rows without gaps inside, and every start at a multiple of 16 bytes. Zeros fill the width up to one.
+    That wants rows without gaps inside, and each at a multiple of 16 bytes of its own. Zeros fill the width up to one.
     """
     bytes_each = x.element_size()
     steps = [stride * bytes_each for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 16 == 0 for step in steps):
         return x
     short = -x.shape[-1] % (16 // bytes_each)
     return torch.nn.functional.pad(x, (0, short)).contiguous()

@@ -112,6 +112,16 @@ def test_strided_inputs_are_read_in_place(device: str, monkeypatch: pytest.Monke
     assert (out[:, [0, 31]] == 7).all() and (out[:, :, :10] == 7).all() and (out[:, :, 40:] == 7).all()
 
 
+@pytest.mark.parametrize("width", [21, 40])
+def test_what_the_copy_engine_cannot_read_is_copied(device: str, width: int) -> None:
+    """Rows that begin between multiples of 16 bytes, gaps inside of rows, and one row that stands for all."""
+    whole = torch.randn(1, 2, 30, 2 * width + 1, device=device)
+    query, key = whole[..., 1 : width + 1], whole[..., : 2 * width : 2]
+    for keys in (key, key[:, :1].expand(1, 2, 30, width)):
+        expected = head_mean_attention_reference(query.double(), keys.double(), width**-0.5)
+        torch.testing.assert_close(head_mean_attention(query, keys).double(), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_blocks_add_up_as_probabilities(device: str, dtype: torch.dtype) -> None:
     blocks = [attention(PEAKY, (5, 6), seed=seed, dtype=dtype, device=device) for seed in range(4)]
