@@ -195,6 +195,11 @@ def test_command(tiny_engine: Path, tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0 and f"tritonserver --model-repository={tmp_path}/models" in done.output
+    assert "differ" not in done.output
+    smaller = CliRunner().invoke(
+        main, ["deploy", "triton", f"{tmp_path}/s", "--engine", f"{tiny_engine}", "--buckets", "64"]
+    )
+    assert smaller.exit_code == 0 and "Add a bucket of 128 for the same" in smaller.output
     assert (tmp_path / "models/tiny-photo").is_dir()
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "exists already" in again.stderr and "Traceback" not in again.output
