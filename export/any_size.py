@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import onnx
 
 LIMIT = 1e-3  # largest difference of the probability from the Python path's, rounding to `output` aside
+NO_BF16 = "Scaling in the graph is checked by running it on a CPU, which cannot run bf16. Use fp16-mixed."
 ROUNDING = {"float32": 0.0, "float16": 2.0**-12, "uint8": 0.5 / 255}  # half a step of each `output`
 FIXED_POINT = 22  # bits behind the point of Pillow's coefficients for 8-bit pictures
 
@@ -43,7 +44,7 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
         Bytes of an engine file, sealed anew.
 
     Raises:
-        EngineError: not whole, or it takes any size already.
+        EngineError: not whole, it takes any size already, or it computes in bf16.
         ArgumentError: an unknown `output`.
         ParityError: its answers differ from the Python path's by more than LIMIT.
         MissingExtraError: the onnx package is not installed.
@@ -58,6 +59,8 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
     manifest = Manifest.from_metadata({entry.key: entry.value for entry in model.metadata_props}, source)
     if manifest.input == ANY_SIZE:
         raise EngineError(f"{source}: takes photos of any size already. Use it, or the engine that it was made of.")
+    if manifest.precision == "bf16":
+        raise EngineError(f"{source}: {NO_BF16}")
     check_one_file(manifest, source, "scaling in the graph")
     whole = _wrapped(model, manifest, output)
     for key, value in dataclasses.replace(manifest, input=ANY_SIZE, output=output).metadata().items():

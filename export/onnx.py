@@ -29,7 +29,7 @@ from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError, ParityError
-from trace_sdk.export.any_size import take_any_size
+from trace_sdk.export.any_size import NO_BF16, take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.mixed import KINDS, LIMITS, lower
@@ -100,7 +100,8 @@ def export_onnx(
         note: told what is being done, for progress.
 
     Raises:
-        ArgumentError: an unknown precision or calibration, too few `photos`, or `photos` that precision does not take.
+        ArgumentError: an unknown precision or calibration, a `default_size` that the student does not take, too few
+            `photos`, or `photos` that precision does not take.
         DatasetError: `annotated` holds no data set.
         EngineError: the student's family has no graph, or it is too large for what was asked.
         ParityError: the graph's answers differ from PyTorch's, or fewer bits change them too much, or cost more of
@@ -109,7 +110,13 @@ def export_onnx(
         OutputError: the file cannot be written.
     """
     start = time.perf_counter()
-    default_size = default_size or student.default_size
+    default_size = student.default_size if default_size is None else default_size
+    max_size = max_size or student.max_size
+    if not student.min_size <= default_size <= max_size:
+        raise ArgumentError(
+            f"default_size={default_size} must be from {student.min_size} to {max_size} px, what this student takes in "
+            "one piece (--default-size)."
+        )
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
     if (precision == "int8" and not photos) or (precision in ("fp32", "fp16") and photos):
@@ -122,9 +129,7 @@ def export_onnx(
     if annotated is not None and precision == "fp32":
         raise ArgumentError("fp32 is what the others are compared with: leave --evaluate out, or give a --precision.")
     if any_size and precision == "bf16":
-        raise ArgumentError(
-            "Scaling in the graph is checked by running it on a CPU, which cannot run bf16. Use fp16-mixed."
-        )
+        raise ArgumentError(NO_BF16)
     if output != "float32" and not any_size:
         raise ArgumentError(f"output={output!r} needs scaling in the graph (--any-size).")
     if student.no_graph:
@@ -222,7 +227,7 @@ def export_onnx(
             decoder=student.decoder_name,
             multiple_of=student.multiple_of,
             min_size=student.min_size,
-            max_size=max_size or student.max_size,
+            max_size=max_size,
             default_size=default_size,
             threshold=student.threshold,
             precision=precision,

@@ -105,6 +105,8 @@ def test_what_cannot_be_converted(converted: Path, make_engine: MakeEngine, monk
         take_any_size(converted.read_bytes(), "e.onnx")
     with pytest.raises(ArgumentError, match="float32, float16, uint8"):
         take_any_size(make_engine(), "e.onnx", output="int8")
+    with pytest.raises(EngineError, match=r"^e\.onnx: .* cannot run bf16"):
+        take_any_size(make_engine(precision="bf16"), "e.onnx")
     with pytest.raises(EngineError, match="corrupt"):
         take_any_size(make_engine().replace(b"gradient", b"gradienT"), "e.onnx")
     monkeypatch.setattr(any_size, "FIXED_POINT", 6)
@@ -122,5 +124,9 @@ def test_command(tiny_engine: Path, tmp_path: Path) -> None:
 
     code, said = export()
     assert code == 2 and "--any-size or --runtime makes another" in said and not list(tmp_path.iterdir())
+    for ignored in (["--any-size", "--precision", "int8"], ["--runtime", "tensorrt-rtx", "--output", "uint8"]):
+        code, said = export(*ignored)
+        assert code == 2 and f"give {ignored[-2]} when its student is exported" in " ".join(said.split())
+    assert not list(tmp_path.iterdir())
     assert export("--any-size", "--output", "uint8") == (0, f"Written: {tmp_path}/out.onnx\n")
     assert EdgeDetector(tmp_path / "out.onnx").manifest.output == "uint8"

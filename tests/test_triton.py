@@ -195,8 +195,20 @@ def test_command(tiny_engine: Path, tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0 and f"tritonserver --model-repository={tmp_path}/models" in done.output
+    assert "differ" not in done.output
+    smaller = CliRunner().invoke(
+        main, ["deploy", "triton", f"{tmp_path}/s", "--engine", f"{tiny_engine}", "--buckets", "64"]
+    )
+    assert smaller.exit_code == 0 and "Add a bucket of 128 for the same" in smaller.output
     assert (tmp_path / "models/tiny-photo").is_dir()
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "exists already" in again.stderr and "Traceback" not in again.output
     assert "Examples:" in CliRunner().invoke(main, ["deploy", "triton", "--help"]).stdout
     assert CliRunner().invoke(main, ["deploy", "triton", f"{tmp_path}/x", "--buckets", "a"]).exit_code == 2
+
+
+def test_with_the_readmes_buckets_the_network_sees_photos_at_its_own_size(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    options = re.findall(r"trace-sdk deploy triton models/ (.*)", readme)[0].split()
+    done = CliRunner().invoke(main, ["deploy", "triton", f"{tmp_path}", *options])
+    assert "--buckets" in options and done.exit_code == 0 and "differ" not in done.output

@@ -123,6 +123,7 @@ def repository(engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("models")
     write_repository(engines["scales"], folder, output="uint8", encoded=True)
     write_repository(engines["padded"], folder, buckets=BUCKETS, encoded=True)
+    write_repository("trace-nano", folder, encoded=True)
     return folder
 
 
@@ -193,6 +194,12 @@ def test_a_file_gets_the_edges_of_edge_detector(
         assert np.abs(answer[0] / 255 - expected).max() <= 0.5 / 255 + 1e-3, "but for rounding to 8 bits"
     else:
         np.testing.assert_array_equal(answer[0], expected)
+
+
+def test_an_engine_of_the_package_answers_a_photo(server: Server) -> None:
+    photo = (Path(__file__).parents[1] / "examples/photos/cars.jpg").read_bytes()
+    expected = EdgeDetector("trace-nano", device="cpu").run(photo).probability
+    np.testing.assert_allclose(server.send("trace-nano-photo", photo)[0], expected, atol=1e-3)
 
 
 def test_pixels_may_be_sent_instead(server: Server, detectors: dict[str, EdgeDetector]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
-from trace_sdk.errors import ParityError
+from trace_sdk.errors import ArgumentError, ParityError
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import Quantised
 from trace_sdk.export.onnx import export_onnx
@@ -136,3 +136,12 @@ def test_wrong_calibration_is_said_before_tracing(
     result = run("export", "student", "-o", "x.onnx", *arguments)
     assert result.exit_code == 2 and fragment in result.output
     assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("size", [0, -5, 15, 5000])
+def test_a_default_size_that_no_engine_could_have_is_refused_at_once(
+    student: Student, tmp_path: Path, size: int
+) -> None:
+    with pytest.raises(ArgumentError, match=rf"default_size={size} must be from 64 to \d+ px"):
+        export_onnx(student, tmp_path / "x.onnx", name="x", default_size=size)
+    assert not list(tmp_path.iterdir())

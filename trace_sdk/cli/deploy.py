@@ -57,7 +57,13 @@ def triton(
     from trace_sdk.serving.triton import write_repository
 
     written = write_repository(
-        engine, folder, max_batch=max_batch, buckets=numbers(buckets), output=answers, encoded=encoded
+        engine,
+        folder,
+        max_batch=max_batch,
+        buckets=numbers(buckets),
+        output=answers,
+        encoded=encoded,
+        note=lambda text: output.print(text, markup=False, soft_wrap=True),
     )
     needs = " by a server whose Python has trace-sdk" if encoded else ""
     output.print(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.cli.console import output, status
@@ -121,6 +122,19 @@ def command(
     if not Path(source).is_dir() and (source in BUNDLED or Path(source).suffix == ".onnx"):
         if any_size == bool(runtime):
             raise click.UsageError(f"{source} is an engine already; --any-size or --runtime makes another of it.")
+        taken = {"source", "out"} | ({"runtime"} if runtime else {"any_size", "answers"})
+        context = click.get_current_context()
+        left = [
+            option.opts[-1]
+            for option in context.command.params
+            if option.name
+            and option.name not in taken
+            and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        ]
+        if left:
+            raise click.UsageError(
+                f"{source} is an engine already; give {', '.join(left)} when its student is exported."
+            )
         engine, named = read_engine(source)
         with status("export") as note:
             if runtime:
@@ -130,6 +144,8 @@ def command(
                 write_bytes(out, take_any_size(engine, named, output=answers))
         output.print(f"Written: {out}", markup=False, soft_wrap=True)
         return
+    if Path(source).is_file():
+        raise click.UsageError(f"{source} is neither a student's folder nor an .onnx engine.")
     if runtime:
         raise click.UsageError("--runtime builds an .onnx engine further: export the student to one first.")
     from trace_sdk.export.onnx import export_onnx

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, verify_
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.plan import MAGIC, Built, unpack
 from trace_sdk.errors import ArgumentError, EngineError, OutputError
+from trace_sdk.network_input import padded_length
 from trace_sdk.serving.photo_models import IMAGE, QUEUE_LENGTH, answer, parameter, photo_models
 
 QUEUE_DELAY = 2000  # µs that a request may wait for others of its shape
@@ -42,6 +43,7 @@ def write_repository(
     buckets: Sequence[int] | None = None,
     output: str | None = None,
     encoded: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write FOLDER/NAME with a config.pbtxt and 1/model.onnx for the onnxruntime backend, or, of a TensorRT `.engine`,
     1/model.plan for the TensorRT backend.
@@ -63,6 +65,7 @@ def write_repository(
         output: dtype of the answers where scaling goes into the graph, "float32" (None), "float16" or "uint8", 255 ×
             that; an engine that takes any size has its own.
         encoded: also write NAME-photo, and the models that it is made of.
+        note: told if the network will see photos smaller than `EdgeDetector` shows them.
 
     Returns:
         FOLDER/NAME; with `encoded`, FOLDER/NAME-photo.
@@ -88,6 +91,12 @@ def write_repository(
             f"{source}: its name {name!r} cannot name a model. Export it with --name LETTERS-AND-DIGITS."
         )
     sides = checked_buckets(buckets, manifest) if buckets is not None else ()
+    if sides and sides[-1] < manifest.default_size:
+        enough = padded_length(manifest.default_size, manifest.multiple_of, manifest.min_size)
+        note(
+            f"The network will see photos at {sides[-1]} px, and not at {manifest.default_size} as in detect: edges "
+            f"differ. Add a bucket of {enough} for the same."
+        )
     if sides and manifest.input == ANY_SIZE:
         raise ArgumentError(f"{name} scales photos inside its graph, so buckets cannot be chosen.")
     if manifest.input == ANY_SIZE and output not in (None, manifest.output):
