@@ -304,7 +304,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The rows as a table, with what they were measured on."""
     lines = [
         f"Head mean and ABDiv of one layer, {result['device']}, {result['runs']} runs each, median (p20–p80), warm."
-        " Called: with the host's share, one call at a time, on a GPU.",
+        " Called: with the host's share, one call at a time.",
         "",
         "| layer | way | ms | × hook | × floor | called, ms | peak MiB | hook's ÷ this | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -370,7 +370,7 @@ def tune(runs: int) -> None:
             found: list[tuple[float, Tile]] = []
             for tile in tiles:
                 try:
-                    times = timed(lambda launch=launch, tile=tile: launch(tile), "cuda", runs, None)
+                    times = timed(replayed(lambda launch=launch, tile=tile: launch(tile)), "cuda", runs, None)
                 except Exception as error:  # a tile that doesn't fit into shared memory or registers
                     print(f"{case.name} {name} {tile}: {type(error).__name__}")
                     continue

@@ -21,6 +21,7 @@ import PIL.Image
 from trace_sdk.detector import EdgeDetector
 from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, check_one_file, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError, MissingExtraError, ParityError
+from trace_sdk.network_input import FIXED_POINT
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 LIMIT = 1e-3  # largest difference of the probability from the Python path's, rounding to `output` aside
 NO_BF16 = "Scaling in the graph is checked by running it on a CPU, which cannot run bf16. Use fp16-mixed."
 ROUNDING = {"float32": 0.0, "float16": 2.0**-12, "uint8": 0.5 / 255}  # half a step of each `output`
-FIXED_POINT = 22  # bits behind the point of Pillow's coefficients for 8-bit pictures
 
 
 def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> bytes:

@@ -159,7 +159,7 @@ def _abdiv_strip_op(
         return full_precision(strip[batch, start : start + width, keys])  # [W, keys]
 
     def columns(x: Tensor, step: int) -> Tensor:
-        return neighbour(x[None], (0, step))[0] if step else x
+        return neighbour(x[None], (0, step))[0]
 
     tokens, at_once = strip.shape[2], max(1, CPU_PART // width)
     result.zero_()

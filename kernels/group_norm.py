@@ -50,26 +50,32 @@ def group_norm(
     if x.ndim < 3 or groups < 1 or x.shape[1] % groups:
         raise ArgumentError(f"x must be [B, C, …] with C a multiple of groups={groups}, got {tuple(x.shape)}.")
     check_device(x)
-    answer: Tensor = group_norm_op(x, groups, weight, bias, eps, silu)
+    answer: Tensor = _group_norm_op(x, groups, weight, bias, eps, silu)
     return answer
 
 
 @torch.library.custom_op("trace_sdk::group_norm", mutates_args=())
-def group_norm_op(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """As a node of a graph, see `group_norm`."""
-    x = x.contiguous(memory_format=_memory_format(x))
+def _group_norm_op(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> Tensor:
+    """See `group_norm`."""
+    memory_format = _memory_format(x)
+    x = x.contiguous(memory_format=memory_format)
     if runs_triton(x):
         from trace_sdk.kernels.group_norm_triton import launch_group_norm
 
         # Rows and columns are one axis in either format.
         positions = x.movedim(1, -1).flatten(1, -2).movedim(-1, 1) if x.ndim > 3 else x
         return launch_group_norm(positions, groups, weight, bias, eps, silu).view(x.shape)
-    return group_norm_reference(x, groups, weight, bias, eps, silu).contiguous(memory_format=_memory_format(x))
+    return group_norm_reference(x, groups, weight, bias, eps, silu).contiguous(memory_format=memory_format)
 
 
-@group_norm_op.register_fake
+@_group_norm_op.register_fake
 def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
     return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+OPERATOR = torch.ops.trace_sdk.group_norm.default  # as a node of a graph: (x, groups, weight, bias, eps, silu)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -9,6 +9,8 @@ import PIL.Image
 from numpy.typing import NDArray
 from PIL.Image import Resampling
 
+FIXED_POINT = 22  # bits behind the point of Pillow's weights for 8-bit pictures, which others scale by, too
+
 
 def padded_length(length: int, multiple_of: int, min_size: int) -> int:
     """The next length that a network takes, pixels; `min_size` is a multiple of `multiple_of`."""

@@ -175,9 +175,8 @@ def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    answer, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[
-        :2
-    ]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    answer, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
     return answer, lse
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trace_sdk import __version__
 from trace_sdk.engines import InferPhotos
-from trace_sdk.engines.answers import check_range, checked, halved_once, joined
+from trace_sdk.engines.answers import Answer, Batch, check_range, checked, halved_once, joined
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.torch_gpu import Captured, channels_last, fuse_normalisation, lower
 from trace_sdk.engines.torch_scaling import Scaling
@@ -125,25 +125,22 @@ class TorchEngine:
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, H, W, 3] → float32 [B, H, W] in [0, 1]; see `Engine.infer`."""
-        shape = batch.shape[1:3]
-        with self._one_at_a_time:
-            parts = [batch[i : i + 1] for i in range(len(batch))] if self._one_by_one(shape) else [batch]
-            answers = [halved_once(self._run, part, shape, self._source, self.device) for part in parts]
-        return checked(joined([answer for part in answers for answer in part]), batch, self._source, self.device)
+        return checked(joined(self._in_turn(self._run, batch, batch.shape[1:3])), batch, self._source, self.device)
 
     def _infer_photos(
         self, photos: Sequence[NDArray[np.uint8]], size: int, padded: Callable[[int], int]
     ) -> list[NDArray[np.float32]]:
         height, width = scaled_shape(photos[0].shape[0], photos[0].shape[1], size)
-        shape = padded(height), padded(width)
         run = partial(self._run_photos, size=size, padded=padded)
-        with self._one_at_a_time:
-            parts = [[photo] for photo in photos] if self._one_by_one(shape) else [[*photos]]
-            answers = [halved_once(run, part, shape, self._source, self.device) for part in parts]
-        return [edges for part in answers for answer in part for edges in answer]
+        answers = self._in_turn(run, [*photos], (padded(height), padded(width)))
+        return [edges for answer in answers for edges in answer]
 
-    def _one_by_one(self, shape: tuple[int, ...]) -> bool:
-        return self.device == "cpu" or shape in self._known
+    def _in_turn(self, run: Callable[[Batch], Answer], batch: Batch, shape: tuple[int, ...]) -> list[Answer]:
+        """What `run` answers to a batch of which the network sees `shape`: at once, or to one picture after another."""
+        one_by_one = self.device == "cpu" or shape in self._known
+        with self._one_at_a_time:
+            parts = [batch[i : i + 1] for i in range(len(batch))] if one_by_one else [batch]
+            return [answer for part in parts for answer in halved_once(run, part, shape, self._source, self.device)]
 
     def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._computing(batch.shape):

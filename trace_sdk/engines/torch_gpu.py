@@ -79,7 +79,7 @@ def fuse_normalisation(program: nn.Module) -> nn.Module:
     import torch
     from torch.fx import GraphModule
 
-    from trace_sdk.kernels.group_norm import group_norm_op
+    from trace_sdk.kernels.group_norm import OPERATOR
 
     aten = torch.ops.aten
     if not isinstance(program, GraphModule) or find_spec("triton") is None:
@@ -88,7 +88,7 @@ def fuse_normalisation(program: nn.Module) -> nn.Module:
         after = list(node.users)
         silu = len(after) == 1 and after[0].target in (aten.silu.default, aten.silu_.default)
         with program.graph.inserting_before(node):
-            ours = program.graph.call_function(group_norm_op._opoverload, (*node.args[:5], silu))
+            ours = program.graph.call_function(OPERATOR, (*node.args[:5], silu))
         node.replace_all_uses_with(ours)
         program.graph.erase_node(node)
         if silu:

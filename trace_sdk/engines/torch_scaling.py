@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from trace_sdk.network_input import fit, scaled_shape
+from trace_sdk.network_input import FIXED_POINT, fit, scaled_shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FIXED_POINT = 22  # bits behind the point of Pillow's weights for 8-bit pictures
 KEPT = 32  # filters that stay on the device, of one axis and one pair of lengths each
 STRIP = 64  # how many times longer than the network's size a photo may be to be scaled on the device
 WIDTH_FIRST = (1, 0)  # the order of the axes, as `trace_sdk.network_input`
