@@ -1,4 +1,4 @@
-"""The width is scaled first, then the height, by every version of Pillow and by torch."""
+"""The width is scaled first, then the height, by every version of Pillow, by torch, and for the teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL.Image import Resampling
 
 from trace_sdk import network_input
+from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.engines.torch_scaling import Scaling
+from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
 # Height, width. Pillow 13 by itself takes (200, 60), (500, 30) and the answer to (60, 20) the other way round.
 SHAPES = [(200, 60), (500, 30), (60, 200), (60, 20), (20, 60), (300, 400), (400, 300), (128, 40), (90, 128)]
@@ -34,3 +36,10 @@ def test_the_width_goes_first(shape: tuple[int, int], where: str) -> None:
     answer = rng.random((height, width), np.float32)
     edges = scaling.unfit(answer if where == "host" else torch.from_numpy(answer), height, width, shape)
     np.testing.assert_array_equal(edges, in_two_passes(answer, *shape, Resampling.BILINEAR))
+
+
+def test_the_width_goes_first_for_the_teacher(tiny_backbone: PixelBackbone) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (400, 80, 3), np.uint8)
+    seen = Teacher(tiny_backbone, TeacherSettings(size=320)).prepare(photo)[0].permute(1, 2, 0).numpy()
+    expected = in_two_passes(photo, 320, 64, Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.round((seen + 1) * 127.5), expected)

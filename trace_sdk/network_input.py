@@ -35,7 +35,7 @@ def fit(rgb: NDArray[np.uint8], size: int, padded: Callable[[int], int]) -> tupl
     """
     height, width = scaled_shape(rgb.shape[0], rgb.shape[1], size)
     if rgb.shape[:2] != (height, width):
-        rgb = np.asarray(_scaled(PIL.Image.fromarray(rgb), height, width, Resampling.BICUBIC))
+        rgb = np.asarray(scaled(PIL.Image.fromarray(rgb), height, width, Resampling.BICUBIC))
     padding = ((0, padded(height) - height), (0, padded(width) - width), (0, 0))
     return np.pad(rgb, padding, mode="edge"), height, width
 
@@ -45,12 +45,12 @@ def unfit(answer: NDArray[np.float32], height: int, width: int, shape: tuple[int
     answer = np.ascontiguousarray(answer[:height, :width])
     if answer.shape == shape[:2]:
         return answer
-    full_size = np.asarray(_scaled(PIL.Image.fromarray(answer), shape[0], shape[1], Resampling.BILINEAR))
+    full_size = np.asarray(scaled(PIL.Image.fromarray(answer), shape[0], shape[1], Resampling.BILINEAR))
     clipped: NDArray[np.float32] = np.clip(full_size, 0.0, 1.0)
     return clipped
 
 
-def _scaled(picture: PIL.Image.Image, height: int, width: int, how: Resampling) -> PIL.Image.Image:
+def scaled(picture: PIL.Image.Image, height: int, width: int, how: Resampling) -> PIL.Image.Image:
     """The width first, then the height: in one call the order, and with it the pixels, depends on Pillow's version."""
     for sides in ((width, picture.height), (width, height)):
         if picture.size != sides:  # Pillow copies a picture that has its size already

@@ -16,6 +16,7 @@ from trace_sdk.backbones.backbone import Backbone
 from trace_sdk.backbones.device import torch_dtype
 from trace_sdk.errors import ArgumentError
 from trace_sdk.kernels.divergence import NEIGHBOURHOODS
+from trace_sdk.network_input import scaled
 from trace_sdk.teacher.attention import AttentionAverage
 from trace_sdk.teacher.boundary import MeanBoundary, PerHeadBoundary
 from trace_sdk.teacher.criteria import CRITERIA
@@ -232,7 +233,7 @@ class Teacher:
         multiple, least = self.backbone.multiple_of, self.backbone.min_size
         scale = self.settings.size / max(rgb.shape[:2])
         height, width = (max(least, round(side * scale / multiple) * multiple) for side in rgb.shape[:2])
-        resized = np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+        resized = np.array(scaled(Image.fromarray(rgb), height, width, Image.Resampling.BICUBIC))
         return torch.from_numpy(resized).to(self.backbone.device).permute(2, 0, 1)[None].float() / 127.5 - 1
 
     def noise_like(self, clean: Tensor) -> Tensor:
