@@ -2,7 +2,6 @@
 
     python benchmarks/kernels.py                      on CUDA; says plainly when there is none
     python benchmarks/kernels.py --device cpu         the blocked torch path, two layers of 4,096 tokens
-    python benchmarks/kernels.py --tune               on CUDA: which tiles are fastest
 
 Each way is checked against float64 before it is timed. On CUDA it is timed as a CUDA graph, the GPU's time alone: in a
 model launches queue up while the GPU works, and here it would wait for each. Writes kernels-<device>.json, .md and .png
@@ -11,10 +10,8 @@ into benchmarks/results/, of which the last shows each time as a multiple of the
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,81 +19,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from layers import CASES, Case, Inputs, exact
 from on_device import is_there, keep, measured_on, options_of, peak_on_cpu, peak_on_cuda
+from timing import replayed, timed
 from torch import Tensor
 
-from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.kernels import (
     abdiv,
     abdiv_from_qk,
     abdiv_reference,
     head_mean_attention,
     head_mean_attention_reference,
-    log_sum_exp,
     per_head_divergence,
-    row_kl_reference,
 )
-from trace_sdk.kernels.divergence import HORIZONTAL, opposite
 
-EXACT_ELEMENTS = 1 << 27  # float64 scores held at a time for the exact answer: 1 GiB
 TOLERANCE = 0.02  # of the mean ABDiv; beyond it a way counts as wrong and is not timed
 BASELINE = "hook"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention layer: tokens on a grid, heads, their width, and text tokens that a joint attention also reads."""
-
-    name: str
-    grid: tuple[int, int]
-    heads: int
-    width: int
-    text: int = 0
-
-
-CASES = {
-    "cuda": (
-        Case("SD1.5-512", (64, 64), 8, 40),
-        Case("SDXL-1024", (64, 64), 10, 64),
-        Case("PixArt-1024", (64, 64), 16, 72),
-        Case("SD3.5-L-1024", (64, 64), 38, 64, text=333),
-        Case("FLUX-1024", (64, 64), 24, 128, text=512),
-        Case("SD1.5-1024", (128, 128), 8, 40),
-    ),
-    "cpu": (Case("SD1.5-512", (64, 64), 8, 40), Case("trace-small-512", (64, 64), 4, 64, text=1)),
-}
-
-
-@dataclass
-class Inputs:
-    """Queries and keys of the image, peaky as trained models' are, as views of the joint tensors."""
-
-    query: Tensor
-    key: Tensor
-    joint: tuple[Tensor, Tensor, Tensor]
-    attention: SelfAttention
-    lse: Tensor
-
-    @classmethod
-    def of(cls, case: Case, device: str, seed: int = 0) -> Inputs:
-        """Score deviation 3.6, smooth over neighbouring tokens, so that ABDiv is neither noise nor zero."""
-        generator = torch.Generator().manual_seed(seed)
-        dtype = torch.float16 if device == "cuda" else torch.float32
-        tokens = case.text + case.grid[0] * case.grid[1]
-
-        def draw() -> Tensor:
-            coarse = torch.randn(case.heads * case.width, 1, case.grid[0] // 8, case.grid[1] // 8, generator=generator)
-            image = F.interpolate(coarse, case.grid, mode="bicubic").flatten(2).view(case.heads, case.width, -1).mT
-            text = torch.randn(case.heads, case.text, case.width, generator=generator)
-            x = torch.cat([text, image / image.std()], 1)[None] * math.sqrt(3.6)
-            # [B, tokens, heads, d] in memory, as models hold it
-            return x.transpose(1, 2).contiguous().to(device, dtype).transpose(1, 2)
-
-        joint = (draw(), draw(), draw())
-        assert joint[0].shape[2] == tokens
-        query, key = joint[0][:, :, case.text :], joint[1][:, :, case.text :]
-        attention = SelfAttention(0, query, key, case.grid, case.width**-0.5)
-        return cls(query, key, joint, attention, log_sum_exp(query, key))
 
 
 def hook(x: Inputs) -> Tensor:
@@ -153,60 +91,9 @@ WAYS: dict[str, Callable[[Inputs], Tensor | None]] = {
 ANOTHER_QUANTITY = {"attention call", "kernels: per head"}
 
 
-def exact(x: Inputs) -> Tensor:
-    """ABDiv in float64, by its definition, a few image rows and their neighbours at a time; where the inputs are."""
-    a, (height, width) = x.attention, x.attention.grid
-    query, key = (t.double() for t in (a.query, a.key))
-    grid_query = torch.unflatten(query, 2, a.grid)
-    at_once = max(1, EXACT_ELEMENTS // (query.shape[1] * width * key.shape[2]) - 2)
-    strips = []
-    for first in range(0, height, at_once):
-        last = min(first + at_once, height)
-        rows = torch.arange(first - 1, last + 1, device=query.device).clamp_(0, height - 1)
-        log2_map = head_mean_attention_reference(grid_query[:, :, rows].flatten(2, 3), key, a.scale)
-        image_rows = torch.unflatten(log2_map, 1, (len(rows), width))
-        vertical = row_kl_reference(image_rows[:, 2:], image_rows[:, :-2])
-        strips.append(vertical + row_kl_reference(*opposite(image_rows[:, 1:-1], HORIZONTAL)))
-    return torch.cat(strips, 1)
-
-
 def error_of(answer: Tensor, expected: Tensor) -> float:
     """Largest error, over the mean."""
     return float((answer.double() - expected).abs().max() / expected.mean())
-
-
-def timed(run: Callable[[], object], device: str, runs: int, cold: Tensor | None) -> list[float]:
-    """Milliseconds of each run, after three that don't count; `cold` is written before each, to empty the L2 cache."""
-    times = []
-    for number in range(runs + 3):
-        if cold is not None:
-            cold.zero_()
-        if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            elapsed = begin.elapsed_time(end)
-        else:
-            start = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - start) * 1e3
-        if number >= 3:
-            times.append(elapsed)
-    return times
-
-
-def replayed(run: Callable[[], object]) -> Callable[[], None]:
-    """A run as a CUDA graph."""
-    for _ in range(2):  # libraries choose and allocate in the first ones
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    replay: Callable[[], None] = graph.replay
-    return replay
 
 
 def ready(case: Case, way: str) -> Callable[[], object]:
@@ -348,51 +235,16 @@ def plot(result: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def tune(runs: int) -> None:
-    """Print the fastest tiles of each kernel and layer; put them into `default_tile` beside the kernel."""
-    from trace_sdk.kernels.head_mean_triton import launch_head_mean, launch_log_sum_exp
-    from trace_sdk.kernels.per_head_triton import launch_mean_key
-    from trace_sdk.kernels.tiles_triton import Tile
-
-    sides = (32, 64, 128)
-    tiles = [Tile(q, k, w, s) for q in sides for k in sides for w in (4, 8) for s in (2, 3, 4)]
-    for case in CASES["cuda"]:
-        x = Inputs.of(case, "cuda")
-        scale, lse, out = x.attention.scale, log_sum_exp(x.query, x.key), head_mean_attention(x.query, x.key)
-        launches: dict[str, Callable[[Tile], object]] = {
-            "log_sum_exp": lambda tile, x=x, s=scale: launch_log_sum_exp(x.query, x.key, s, tile),
-            "head_mean": lambda tile, x=x, s=scale, lse=lse, out=out: launch_head_mean(
-                x.query, x.key, lse, s, 1.0, False, out, tile
-            ),
-            "mean_key": lambda tile, x=x, s=scale: launch_mean_key(x.query, x.key, s, tile),
-        }
-        for name, launch in launches.items():
-            found: list[tuple[float, Tile]] = []
-            for tile in tiles:
-                try:
-                    times = timed(replayed(lambda launch=launch, tile=tile: launch(tile)), "cuda", runs, None)
-                except Exception as error:  # a tile that doesn't fit into shared memory or registers
-                    print(f"{case.name} {name} {tile}: {type(error).__name__}")
-                    continue
-                found.append((statistics.median(times), tile))
-            for milliseconds, tile in sorted(found, key=lambda pair: pair[0])[:3]:
-                print(f"{case.name:16} {name:12} {milliseconds:8.3f} ms  {tile}", flush=True)
-
-
 def main() -> int:
     """Measure and write; 1 when a kernel's answer was wrong."""
     parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, help="timed runs of each way; 100 on CUDA, 10 on a CPU")
     parser.add_argument("--case", action="append", help="only this layer; repeatable")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to start")
-    parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     if not is_there(options.device):
         return 2
     runs = options.runs or (100 if options.device == "cuda" else 10)
-    if options.tune:
-        tune(max(runs // 5, 1))
-        return 0
     torch.set_grad_enabled(False)
     compiled = options.device == "cuda" and not options.no_compile
     ways = [way for way in WAYS if compiled or way != "torch.compile"]

@@ -28,10 +28,11 @@ def script(file: str, name: str) -> ModuleType:
     return module
 
 
-on_device = script("on_device.py", "on_device")  # by this name the scripts import it
+# By these names the scripts import them.
+on_device, layers, _ = (script(f"{name}.py", name) for name in ("on_device", "layers", "timing"))
 kernels, teacher = script("kernels.py", "benchmark_kernels"), script("teacher.py", "benchmark_teacher")
 latency = script("gpu_latency.py", "benchmark_gpu_latency")
-TINY = kernels.Case("tiny", (16, 16), 2, 16, text=3)
+TINY = layers.Case("tiny", (16, 16), 2, 16, text=3)
 PEAKS = kernels.Peaks(flops=1e9, exponentials=1e8, bandwidth=1e9)
 
 
@@ -70,7 +71,7 @@ def test_the_floor_is_the_slower_of_products_and_exponentials() -> None:
     assert PEAKS.floor_ms(TINY) == pytest.approx(max(2 * scores * 16 / 1e9, scores / 1e8) * 1e3)
 
 
-@pytest.mark.parametrize("module", [kernels, teacher])
+@pytest.mark.parametrize("module", [kernels, teacher, script("tiles.py", "benchmark_tiles")])
 def test_without_a_gpu_it_says_so(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
