@@ -1,8 +1,10 @@
 """8-bit engines: ranges from the user's photos, layers that lose accuracy kept in float, both by measurement.
 
-Weights are int8 with one scale an output channel; activations int8 with one scale a tensor, from a calibration by
+Weights are int8 with one scale an output channel; activations uint8 with one scale a tensor, from a calibration by
 entropy (KL, as TensorRT does it), percentile or minimum and maximum. Layers are the convolutions and the products with
-a weight; attention itself (activation times activation), norms and everything else stay in float.
+a weight; what only hands values from one convolution to the next stays in 8 bits with them, since every change of
+precision between two costs more time than 8 bits save. Attention itself (activation times activation), norms and
+everything else stay in float.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ CALIBRATIONS: dict[str, Callable[..., Any]] = {
     "minmax": MinMaxCalibrater,
 }
 _OPERATORS = ("Conv", "MatMul", "Gemm")
+_CARRIERS = ("Relu", "Add", "Resize")  # 8 bits in, 8 bits out, between convolutions
+LEAST_CHANNELS = 16  # of a layer's answer: with fewer no processor tried is faster in 8 bits, depthwise ones far slower
 
 Photo = NDArray[np.uint8]  # [1, H, W, 3], as the network takes it
 
@@ -109,9 +113,34 @@ def check(photos: Sequence[object], calibration: str) -> None:
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that multiply with a weight."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type in _OPERATORS and node.input[1] in weights]
+    """Names of the nodes that multiply with a weight and answer with channels enough."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in _OPERATORS and node.input[1] in shapes]
+    return [node.name for node in products if _channels(node, shapes[node.input[1]]) >= LEAST_CHANNELS]
+
+
+def _channels(node: onnx.NodeProto, weight: Sequence[int]) -> int:
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return weight[0] if node.op_type == "Conv" or transposed else weight[-1]
+
+
+def _carriers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
+    """Names of the nodes that read only what convolutions among these layers, or one another, answer."""
+    chosen = set(layers)
+    in_8_bits: set[str] = set()
+    carriers = []
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.name in chosen:
+            in_8_bits.update(node.output)
+        elif node.op_type in _CARRIERS and in_8_bits.issuperset(_activations(node)):
+            in_8_bits.update(node.output)
+            carriers.append(node.name)
+    return carriers
+
+
+def _activations(node: onnx.NodeProto) -> list[str]:
+    """What a layer or carrier reads, apart from weights and sizes."""
+    return list(node.input) if node.op_type == "Add" else [node.input[0]]
 
 
 class _OnePhoto(CalibrationDataReader):  # type: ignore[misc]
@@ -125,10 +154,10 @@ class _OnePhoto(CalibrationDataReader):  # type: ignore[misc]
 def _ranges(
     model: onnx.ModelProto, layers: Sequence[str], photos: Sequence[Photo], calibration: str, note: Note
 ) -> Any:
-    """onnxruntime's TensorsData: the range of each layer's input and output over the photos."""
-    nodes = [node for node in model.graph.node if node.name in set(layers)]
+    """onnxruntime's TensorsData: the range of what layers and carriers read and answer over the photos."""
+    nodes = [node for node in model.graph.node if node.name in {*layers, *_carriers(model, layers)}]
     known = {value.name: value for value in model.graph.value_info}
-    wanted = {name for node in nodes for name in (node.input[0], node.output[0]) if name in known}
+    wanted = {name for node in nodes for name in (*_activations(node), node.output[0]) if name in known}
     with tempfile.TemporaryDirectory() as folder, _quietly():
         places = (Path(folder, "float.onnx"), list(_OPERATORS), f"{folder}/watched.onnx")
         onnx.save(model, places[0])
@@ -149,10 +178,11 @@ def _with_8_bits(model: onnx.ModelProto, ranges: Any, layers: Sequence[str]) -> 
         # A product's float answer goes on as it is: what follows it needs the resolution.
         "OpTypesToExcludeOutputQuantization": ["MatMul"],
     }
-    int8 = QuantType.QInt8
+    nodes, operators = [*layers, *_carriers(model, layers)], [*_OPERATORS, *_CARRIERS]
+    weights, activations = QuantType.QInt8, QuantType.QUInt8
     with _quietly():
         quantizer = QDQQuantizer(
-            copy.deepcopy(model), True, False, int8, int8, ranges, list(layers), [], list(_OPERATORS), options
+            copy.deepcopy(model), True, False, weights, activations, ranges, nodes, [], operators, options
         )
         quantizer.quantize_model()
     quantised = quantizer.model.model
