@@ -268,7 +268,7 @@ def test_settings_out_of_range(change: dict, plain: Path, cutouts: Path, tmp_pat
 
 
 def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="No photos in"):
+    with pytest.raises(DatasetError, match="none does not exist"):
         OwnScenes([plain], [tmp_path / "none"], 0)
 
 

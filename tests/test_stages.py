@@ -42,13 +42,22 @@ def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "code", "fragment"),
     [
-        (("label", "nowhere", "--backbone", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
-        (("pretrain", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
-        (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "No photos in nowhere"),
-        (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere"),
+        (("label", "nowhere", "--backbone", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
+        (("pretrain", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
+        (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "nowhere does not exist"),
+        (("label", "a.png", "nowhere.png", "--backbone", "b", "-o", "out"), 1, "nowhere.png does not exist"),
+        (("pretrain", "a.png", "-o", "out"), 1, "a.png is a file, not a folder"),
+        (("pretrain", ".", "-o", "a.png", "--layers", "1", "--heads", "1"), 1, "a.png is a file"),
+        (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere does not exist"),
+        (("export", "nothing.png", "-o", "a.onnx"), 1, "nothing.png does not exist"),
+        (("export", ".", "-o", "a.onnx"), 1, ". holds no student"),
+        (("combine", "nowhere", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
         (("label", ".", "--backbone", "b", "-o", "out", "--size", "8"), 2, "size must be at least 64"),
         (("label", ".", "--backbone", "b", "-o", "out", "-t", "1.5"), 2, "timesteps must lie"),
         (("pretrain", ".", "-o", "out", "--steps", "0"), 2, "steps must be"),
+        (("pretrain", ".", "-o", "out", "--warmup", "0"), 2, "warmup must be"),
+        (("pretrain", ".", "-o", "out", "--heads", "0"), 2, "heads and warmup must be"),
+        (("pretrain", ".", "-o", "out", "--ema", "1"), 2, "ema in [0, 1)"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line(

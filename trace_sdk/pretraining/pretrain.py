@@ -53,6 +53,11 @@ class PretrainSettings:
         """Raise ArgumentError naming the setting that is out of its range."""
         if self.steps < 1:
             raise ArgumentError(f"steps must be at least 1, got {self.steps}.")
+        if self.layers < 1 or self.heads < 1 or self.warmup < 1 or not 0 <= self.ema < 1:
+            raise ArgumentError(
+                "layers, heads and warmup must be ≥ 1 and ema in [0, 1); "
+                f"got {self.layers}, {self.heads}, {self.warmup}, {self.ema}."
+            )
         check_crops(self.sizes, self.tokens)
         if self.optimizer not in ("adamw", "muon"):
             raise ArgumentError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")

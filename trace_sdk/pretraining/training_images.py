@@ -19,7 +19,10 @@ def list_photos(folders: list[Path]) -> list[Path]:
     """All photos below the folders, sorted by name within each. Raises DatasetError if a folder has none."""
     found: list[Path] = []
     for folder in folders:
-        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES) if folder.is_dir() else []
+        if not folder.is_dir():
+            wrong = "is a file, not a folder of photos" if folder.is_file() else "does not exist"
+            raise DatasetError(f"{folder} {wrong}. Give the folder that holds the photos.")
+        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
         if not photos:
             raise DatasetError(
                 f"No photos in {folder}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} files."
