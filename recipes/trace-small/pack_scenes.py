@@ -79,7 +79,10 @@ def fetch(debs: Path) -> dict[str, Path]:
     """The packages' .deb files, downloaded where they are not in `debs` yet."""
     make_folder(debs)
     for package in PACKAGES:
-        if not list(debs.glob(f"{package}_*.deb")) and subprocess.run(["apt-get", "download", package], cwd=debs).returncode:
+        if (
+            not list(debs.glob(f"{package}_*.deb"))
+            and subprocess.run(["apt-get", "download", package], cwd=debs).returncode
+        ):
             raise SystemExit(f"error: apt-get does not find {package}. Run `apt-get update` first, or give --debs.")
     return {package: next(debs.glob(f"{package}_*.deb")) for package in PACKAGES}
 

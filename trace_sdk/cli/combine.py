@@ -42,6 +42,8 @@ def command(attending: Path, looking: Path, out: Path, share: float) -> None:
     if not isinstance(student, Student):
         raise ArgumentError(f"{attending} has no backbone of its own. Give first what `trace-sdk distill` wrote.")
     if not isinstance(nano, NanoStudent):
-        raise ArgumentError(f"{looking} is not a convolutional student. Give second what `trace-sdk distill-nano` wrote.")
+        raise ArgumentError(
+            f"{looking} is not a convolutional student. Give second what `trace-sdk distill-nano` wrote."
+        )
     CombinedStudent(student, nano, share).save(out, {})
     output.print(f"Student written to {out}", markup=False, soft_wrap=True)

@@ -23,7 +23,8 @@ def open_student(folder: str | Path) -> AnyStudent:
     if not (Path(folder) / "student.json").is_file():
         wrong = "holds no student" if Path(folder).exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} {wrong}. Give the folder that `trace-sdk distill`, `distill-nano`, `self-train` or `combine` wrote."
+            f"{folder} {wrong}. Give the folder that `trace-sdk distill`, `distill-nano`, `self-train` or `combine` "
+            "wrote."
         )
     try:
         architecture = json.loads((Path(folder) / "student.json").read_text()).get("architecture")

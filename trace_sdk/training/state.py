@@ -57,6 +57,11 @@ def check_same_run(file: Path, before: dict[str, Any], now: dict[str, Any], fixe
             )
 
 
+def misfit(file: Path) -> CheckpointError:
+    """What to raise where the tensors of a state are not those of the model that is trained."""
+    return CheckpointError(f"{file} is of another model than this run's. Give another folder (-o) to start anew.")
+
+
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
     """The optimizer's running averages as named tensors."""
     return {
