@@ -103,7 +103,9 @@ def test_image_ids_may_be_text(tmp_path: Path) -> None:
 def test_a_data_set_may_number_its_images_as_it_likes(tmp_path: Path) -> None:
     """As `trace-sdk instances` does, from 1 on."""
     data = truth(A)
-    data["images"] = [{"id": 790, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]
+    data["images"] = [
+        {"id": number, "file_name": name, "width": 100, "height": 20} for number, name in ((790, "a.png"), (1, "b.png"))
+    ]
     data["annotations"] += [{**data["annotations"][0], "id": 9, "image_id": 790, "segmentation": encode_mask(B)}]
     (tmp_path / "images").mkdir()
     for name in ("a", "b"):
