@@ -281,7 +281,7 @@ def test_help_and_a_wrong_argument(
 @pytest.mark.parametrize(
     ("name", "arguments", "fragment"),
     [
-        ("unpack", ("nowhere.npz", "out"), "nowhere.npz is not an archive"),
+        ("unpack", ("nowhere.npz", "out"), "nowhere.npz does not exist"),
         ("unpack", ("a.txt", "out"), "a.txt is not an archive"),
         ("compose_scenes", ("nowhere", "out", "--count", 1), "cutouts does not exist"),
         ("sample_photos", ("nowhere", "out", "--count", 1), "nowhere does not exist"),

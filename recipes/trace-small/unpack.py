@@ -21,11 +21,13 @@ CROPS_PER_PHOTO = 3
 
 def unpack(archive: Path, out: Path) -> None:
     """Write each cut-out with straight alpha, cropped to what is not clear, and each background as it is."""
+    if not archive.is_file():
+        raise DatasetError(f"{archive} does not exist. Make it with pack_scenes.py.")
     try:
         data = np.load(archive, allow_pickle=False)
         cutouts, backgrounds = data["sprites"], data["backs"]
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{archive} is not an archive that pack_scenes.py wrote: {error}") from error
+        raise DatasetError(f"{archive} is not an archive that pack_scenes.py wrote. Make it again.") from error
     for number, sprite in enumerate(cutouts):
         premultiplied = sprite.transpose(1, 2, 0).astype(np.float32)
         alpha = premultiplied[..., 3:]
