@@ -311,7 +311,7 @@ def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_pat
     run(*command)
     assert sorted(file.name for file in cut.glob("*.png")) == names
     NanoStudent(0.4).save(tmp_path / "start", {})
-    run(
+    told = run(
         "self-train",
         tmp_path / "start",
         plain,
@@ -324,6 +324,7 @@ def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_pat
         "--size",
         64,
         "-o",
-        tmp_path / "b",
+        tmp_path / "[b] or not",
     )
-    assert isinstance(open_student(tmp_path / "b"), NanoStudent)
+    assert f"Student written to {tmp_path / '[b] or not'}\n" in told
+    assert isinstance(open_student(tmp_path / "[b] or not"), NanoStudent)

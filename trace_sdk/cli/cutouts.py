@@ -40,7 +40,8 @@ def command(
       trace-sdk cutouts photos/ -o cutouts/ --size 384
       trace-sdk self-train runs/student photos/ --cutouts cutouts/ -o runs/better
 
-    A photo that is done is not done again unless it, the engine or an option has changed.
+    A photo that is done is not done again unless it, the engine or an option has changed; its cut-outs are then
+    replaced.
 
     \b
     Exit code:

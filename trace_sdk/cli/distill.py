@@ -147,4 +147,4 @@ def command(
             ),
         )
     if first:
-        output.print(f"Student written to {out}")
+        output.print(f"Student written to {out}", markup=False, soft_wrap=True)

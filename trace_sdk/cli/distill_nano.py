@@ -62,4 +62,4 @@ def command(
             device=torch_device(device),
             report=lambda step, losses: advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())),
         )
-    output.print(f"Student written to {out}")
+    output.print(f"Student written to {out}", markup=False, soft_wrap=True)

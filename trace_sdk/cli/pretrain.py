@@ -95,4 +95,4 @@ def command(
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )
-    output.print(f"Backbone written to {out}")
+    output.print(f"Backbone written to {out}", markup=False, soft_wrap=True)

@@ -78,4 +78,4 @@ def command(
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
         )
-    output.print(f"Student written to {out}")
+    output.print(f"Student written to {out}", markup=False, soft_wrap=True)
