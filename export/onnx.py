@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch.export import Dim
 
 from trace_sdk import __version__
-from trace_sdk.atomic import write_bytes
+from trace_sdk.atomic import make_folder, write_bytes
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
-from trace_sdk.errors import ArgumentError, EngineError, ParityError
+from trace_sdk.errors import ArgumentError, EngineError, OutputError, ParityError
 from trace_sdk.export.any_size import NO_BF16, take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
@@ -157,7 +157,9 @@ def export_onnx(
         fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in _spread(photos, CALIBRATION_PHOTOS)
     ]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder. Give the engine's file in it (-o), for example {out / 'mine.onnx'}.")
+    make_folder(out.parent)
     for unfinished in out.parent.glob(f".{out.name}.*/"):  # of an export that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:

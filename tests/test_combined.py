@@ -88,7 +88,7 @@ def test_a_part_is_missing(part: str, parts: tuple[Path, Path], tmp_path: Path) 
 
 def test_parts_in_the_wrong_order(parts: tuple[Path, Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["combine", str(parts[1]), str(parts[0]), "-o", str(tmp_path / "both")])
-    assert result.exit_code == 1 and "not a whole student" in result.output and not (tmp_path / "both").exists()
+    assert result.exit_code == 2 and "has no backbone of its own" in result.output and not (tmp_path / "both").exists()
 
 
 def test_it_does_not_train_itself(parts: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:

@@ -100,6 +100,24 @@ def test_image_ids_may_be_text(tmp_path: Path) -> None:
     assert sample.name == "a" and sample.boundaries[0].any()
 
 
+def test_a_data_set_may_number_its_images_as_it_likes(tmp_path: Path) -> None:
+    """As `trace-sdk instances` does, from 1 on."""
+    data = truth(A)
+    data["images"] = [
+        {"id": number, "file_name": name, "width": 100, "height": 20} for number, name in ((790, "a.png"), (1, "b.png"))
+    ]
+    data["annotations"] += [{**data["annotations"][0], "id": 9, "image_id": 790, "segmentation": encode_mask(B)}]
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        PIL.Image.new("L", (100, 20)).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    images = [{"id": number, "file_name": f"{name}.png"} for number, name in ((1, "a"), (2, "b"), (3, "elsewhere"))]
+    entries = [{**results((mask, 1))[0], "image_id": number} for number, mask in ((1, B), (2, A), (3, A))]
+    (tmp_path / "own.json").write_text(json.dumps({"images": images, "annotations": entries}))
+    scores = score_file(tmp_path, tmp_path / "own.json")
+    assert scores.ap == pytest.approx(1) and scores.masks == 2
+
+
 def test_bad_input() -> None:
     with pytest.raises(DatasetError, match="Results name image 2"):
         score_masks(truth(A), [{**results((A, 1))[0], "image_id": 2}])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
+from trace_sdk.errors import OutOfMemoryError
 from trace_sdk.pool import THREADS, job_pool
 
 
@@ -25,3 +27,8 @@ def test_workers_compute_with_one_thread_unless_told_otherwise(
 def test_one_worker_is_this_process() -> None:
     with job_pool(os.getpid, 1) as submit:
         assert submit().result() == os.getpid()
+
+
+def test_a_worker_that_was_killed_is_said() -> None:
+    with pytest.raises(OutOfMemoryError, match="fewer --workers"), job_pool(signal.raise_signal, 2) as submit:
+        submit(signal.SIGKILL).result()

@@ -260,6 +260,54 @@ def test_reliability_of_the_bundled_engines(
     assert "lab-gradient" in capsys.readouterr().out
 
 
+SCRIPTS = sorted(RECIPE.parent.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=[file.stem for file in SCRIPTS])
+def test_help_and_a_wrong_argument(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(file.parent)  # as Python does for a script
+    for argument, code in (("--help", 0), ("--nonsense", 2)):
+        monkeypatch.setattr(sys, "argv", [file.name, argument])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(file), run_name="__main__")
+        assert end.value.code == code
+    assert f"usage: {file.name}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fragment"),
+    [
+        ("unpack", ("nowhere.npz", "out"), "nowhere.npz does not exist"),
+        ("unpack", ("a.txt", "out"), "a.txt is not an archive"),
+        ("compose_scenes", ("nowhere", "out", "--count", 1), "cutouts does not exist"),
+        ("sample_photos", ("nowhere", "out", "--count", 1), "nowhere does not exist"),
+        ("sample_photos", ("photos", "a.txt", "--count", 1), "a.txt is a file"),
+        ("random_backbone", ("a.txt",), "a.txt is a file"),
+        ("teacher_edges", ("nowhere", "out", "data"), "nowhere is not a folder of weights"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    name: str,
+    arguments: tuple[object, ...],
+    fragment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "photos").mkdir()
+    stamp().save(tmp_path / "photos" / "a.png")
+    with pytest.raises(SystemExit) as end:
+        run_script(monkeypatch, name, *arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("error: ") and fragment in said and said.count("\n") == 1
+
+
 def test_the_mean_of_two_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from trace_sdk.student.nano import NanoStudent
 

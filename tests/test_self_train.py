@@ -18,7 +18,7 @@ from torch import Tensor
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
 from trace_sdk.edge_map import EdgeMap
-from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
 from trace_sdk.instances.cutouts import cut_out
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
 from trace_sdk.student.folder import open_student
@@ -27,6 +27,7 @@ from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.student.self_train import SelfTrainSettings, self_train
 from trace_sdk.training.averaged import AveragedTraining
+from trace_sdk.training.state import STATE, check_same_run
 
 SHORT = SelfTrainSettings(steps=4, crops=2, size=64)
 
@@ -268,8 +269,20 @@ def test_settings_out_of_range(change: dict, plain: Path, cutouts: Path, tmp_pat
 
 
 def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="No photos in"):
+    with pytest.raises(DatasetError, match="none does not exist"):
         OwnScenes([plain], [tmp_path / "none"], 0)
+
+
+def test_a_run_of_another_student_is_not_gone_on_with(
+    tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path
+) -> None:
+    scenes = OwnScenes([plain], [cutouts], 0)
+    self_train(NanoStudent(), scenes, tmp_path, SHORT)
+    with pytest.raises(CheckpointError, match="of another model than this run's") as told:
+        self_train(Student(tiny_backbone), scenes, tmp_path, SHORT)
+    assert "\n" not in str(told.value)
+    with pytest.raises(ArgumentError, match="another kind of training"):
+        check_same_run(tmp_path / STATE, {"layers": 1}, {"crops": 2}, ("crops",))
 
 
 def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:
@@ -293,8 +306,12 @@ def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_pat
     written = (cut / "square-1.png").stat().st_mtime_ns
     run(*command)
     assert (cut / "square-1.png").stat().st_mtime_ns == written
+    assert "0 cut-outs" in run(*command, "--min-score", 1)
+    assert not list(cut.glob("*.png")), "left over from other options"
+    run(*command)
+    assert sorted(file.name for file in cut.glob("*.png")) == names
     NanoStudent(0.4).save(tmp_path / "start", {})
-    run(
+    told = run(
         "self-train",
         tmp_path / "start",
         plain,
@@ -307,6 +324,7 @@ def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_pat
         "--size",
         64,
         "-o",
-        tmp_path / "b",
+        tmp_path / "[b] or not",
     )
-    assert isinstance(open_student(tmp_path / "b"), NanoStudent)
+    assert f"Student written to {tmp_path / '[b] or not'}\n" in told
+    assert isinstance(open_student(tmp_path / "[b] or not"), NanoStudent)

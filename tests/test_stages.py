@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
+from trace_sdk.student.nano import NanoStudent
 
 
 def run(*arguments: object) -> Result:
@@ -42,13 +43,30 @@ def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "code", "fragment"),
     [
-        (("label", "nowhere", "--backbone", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
-        (("pretrain", "nowhere", "-o", "out"), 1, "No photos in nowhere"),
-        (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "No photos in nowhere"),
-        (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere"),
+        (("label", "nowhere", "--backbone", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
+        (("pretrain", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
+        (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "nowhere does not exist"),
+        (("label", "a.png", "nowhere.png", "--backbone", "b", "-o", "out"), 1, "nowhere.png does not exist"),
+        (("pretrain", "a.png", "-o", "out"), 1, "a.png is a file, not a folder"),
+        (("pretrain", ".", "-o", "a.png", "--layers", "1", "--heads", "1"), 1, "a.png is a file"),
+        (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere does not exist"),
+        (("export", "nothing.png", "-o", "a.onnx"), 1, "nothing.png does not exist"),
+        (("export", ".", "-o", "a.onnx"), 1, ". holds no student"),
+        (("export", "student", "-o", "student"), 1, "student is a folder"),
+        (("export", "student", "-o", "a.png/e.onnx"), 1, "a.png is a file"),
+        (("export", "student", "-o", "e.onnx", "--quality", "a.png"), 2, "a.png is not JSON"),
+        (("label", ".", "--backbone", "student", "-o", "out"), 1, "student is a student, not a backbone"),
+        (("combine", "student", "student", "-o", "out"), 2, "has no backbone of its own"),
+        (("distill", ".", "--labels", "l", "--backbone", "b", "-o", "out", "--seed", "-1"), 2, "--seed"),
+        (("distill-nano", ".", "--labels", "l", "-o", "out", "--learning-rate", "-1"), 2, "--learning-rate"),
+        (("self-train", "student", ".", "--cutouts", ".", "-o", "out", "--seed", "-1"), 2, "--seed"),
+        (("combine", "nowhere", "nowhere", "-o", "out"), 1, "nowhere does not exist"),
         (("label", ".", "--backbone", "b", "-o", "out", "--size", "8"), 2, "size must be at least 64"),
         (("label", ".", "--backbone", "b", "-o", "out", "-t", "1.5"), 2, "timesteps must lie"),
         (("pretrain", ".", "-o", "out", "--steps", "0"), 2, "steps must be"),
+        (("pretrain", ".", "-o", "out", "--warmup", "0"), 2, "warmup must be"),
+        (("pretrain", ".", "-o", "out", "--heads", "0"), 2, "heads and warmup must be"),
+        (("pretrain", ".", "-o", "out", "--ema", "1"), 2, "ema in [0, 1)"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line(
@@ -56,6 +74,7 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
+    NanoStudent().save(tmp_path / "student", {})
     result = run(*arguments)
     assert result.exit_code == code
     assert fragment in result.output

@@ -101,10 +101,8 @@ def test_figure_10_has_a_bar_for_each_figure(results: Path, tmp_path: Path) -> N
 
 def test_figure_10_needs_masks_and_a_file(results: Path, tmp_path: Path) -> None:
     put(tmp_path / "edges", {"canny": 0.3})
-    assert (
-        CliRunner().invoke(main, ["tables", str(tmp_path / "edges"), "-o", str(tmp_path / "e.md"), "--plot"]).exit_code
-        == 0
-    )
+    result = CliRunner().invoke(main, ["tables", str(tmp_path / "edges"), "-o", str(tmp_path / "e.md"), "--plot"])
+    assert result.exit_code == 0 and "Figure 10 is not drawn" in result.stderr
     assert not (tmp_path / "e.figure10.png").exists()
     result = CliRunner().invoke(main, ["tables", str(results), "--plot"])
     assert result.exit_code == 2 and "Name it with -o" in result.stderr

@@ -60,6 +60,14 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def make_folder(folder: str | Path) -> None:
+    """Make a folder that a long job will write to, so that it fails before the work. Raises OutputError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(_explain(Path(folder), error)) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -77,4 +85,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _explain(target: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = next((f"{file} is a file" for file in (target, *target.parents) if file.is_file()), reason)
     return f"Cannot write {target}: {reason}. Choose a folder that exists, is writable and has room (-o)."

@@ -6,8 +6,11 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from trace_sdk.errors import OutOfMemoryError
 
 Answer = TypeVar("Answer")
 
@@ -36,6 +39,11 @@ def job_pool(job: Callable[..., Answer], workers: int) -> Iterator[Callable[...,
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield lambda *arguments: pool.submit(job, *arguments)
+    except BrokenProcessPool as error:
+        raise OutOfMemoryError(
+            "A worker process was killed, as the system does when memory runs out. Give fewer --workers, and run it "
+            "again to go on."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
         for name in unset:

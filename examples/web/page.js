@@ -41,7 +41,7 @@ async function show(file) {
 
 function draw() {
   const threshold = Number(find("threshold").value);
-  find("value").textContent = threshold.toFixed(2);
+  find("value").textContent = threshold.toFixed(3);
   const shown = new ImageData(photo.width, photo.height);
   for (let pixel = 0; pixel < edges.length; pixel++) {
     const edge = edges[pixel] >= threshold;

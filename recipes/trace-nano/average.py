@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from trace_sdk.atomic import make_folder
+from trace_sdk.cli.console import run_script
 from trace_sdk.student.nano import NanoStudent
 from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.student.self_train import SelfTrainSettings, calibrate
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     options = parser.parse_args()
     before, mean = NanoStudent.load(options.first), average(options.first, options.second)
+    make_folder(options.out)
     scenes = OwnScenes(options.photos, [options.cutouts], seed=7)
     calibrate(before, mean, scenes, SelfTrainSettings(size=256, seed=7))
     mean.save(options.out, {"mean_of": [options.first.name, options.second.name]})
@@ -42,4 +45,4 @@ def average(first: Path, second: Path) -> NanoStudent:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
+from trace_sdk.atomic import write_whole
+from trace_sdk.cli.console import run_script
 from trace_sdk.engines import BUNDLED
 from trace_sdk.evaluation.baselines import lab_gradient
 from trace_sdk.evaluation.datasets import open_dataset
@@ -51,8 +53,9 @@ def main() -> None:
         print(method.name, *(f"{p:.2f}→{share:.2f}" for p, share in zip(total / number, near / number, strict=True)))
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="edge probability", ylabel="share that people drew")
     axes.legend()
-    figure.savefig(options.out, dpi=110)
+    with write_whole(options.out) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

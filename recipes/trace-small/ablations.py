@@ -25,7 +25,7 @@ from teacher_edges import snapped_map, soft_map
 
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.cli.console import progress
+from trace_sdk.cli.console import progress, run_script
 from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
 from trace_sdk.evaluation.edges import EdgeScores
 from trace_sdk.evaluation.evaluate import evaluate
@@ -252,4 +252,4 @@ def write(report: Report, out: Path, sets: list[Dataset]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trace_sdk.atomic import make_folder
+from trace_sdk.cli.console import run_script
 from trace_sdk.pretraining.scenes import compose
 from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
 
@@ -26,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     cutouts = load_cutouts(options.parts / "cutouts")
     backgrounds = list_photos([options.parts / "backgrounds"])
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     for number in range(options.count):
         rng = np.random.default_rng([options.seed, number])
         background = open_photo(backgrounds[rng.integers(len(backgrounds))])
@@ -37,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from trace_sdk.atomic import write_whole
+from trace_sdk.cli.console import run_script
 
 FILES = Path(__file__).with_name("FILES.tsv")
 SHORT_SIDE = {"gro": 256, "flo": 256}  # the other sets as they are
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trace_sdk.atomic import write_bytes, write_whole
+from trace_sdk.atomic import make_folder, write_bytes, write_whole
+from trace_sdk.cli.console import run_script
 
 # As in Debian 12 (bookworm), from which the list was made.
 PACKAGES = {
@@ -76,10 +77,13 @@ def read_sources(file: Path) -> tuple[list[str], list[str]]:
 
 def fetch(debs: Path) -> dict[str, Path]:
     """The packages' .deb files, downloaded where they are not in `debs` yet."""
-    debs.mkdir(parents=True, exist_ok=True)
+    make_folder(debs)
     for package in PACKAGES:
-        if not list(debs.glob(f"{package}_*.deb")):
-            subprocess.run(["apt-get", "download", package], cwd=debs, check=True)
+        if (
+            not list(debs.glob(f"{package}_*.deb"))
+            and subprocess.run(["apt-get", "download", package], cwd=debs).returncode
+        ):
+            raise SystemExit(f"error: apt-get does not find {package}. Run `apt-get update` first, or give --debs.")
     return {package: next(debs.glob(f"{package}_*.deb")) for package in PACKAGES}
 
 
@@ -117,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

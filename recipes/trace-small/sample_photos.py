@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trace_sdk.atomic import make_folder
+from trace_sdk.cli.console import run_script
 from trace_sdk.pretraining.training_images import list_photos
 
 
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     for file in sample(list_photos([options.photos]), options.count, options.seed):
         shutil.copy(file, options.out / file.name)
 
@@ -43,4 +45,4 @@ def sample(files: list[Path], count: int, seed: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.cli.console import progress
+from trace_sdk.cli.console import progress, run_script
 from trace_sdk.evaluation.baselines import lab_gradient
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.student.snapping import graded_edges
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,19 +5,29 @@
 writes data/train/{cutouts,backgrounds}/*.png and data/held-out/{cutouts,backgrounds}/*.png.
 """
 
-import sys
+import argparse
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from trace_sdk.atomic import make_folder
+from trace_sdk.cli.console import run_script
+from trace_sdk.errors import DatasetError
 
 CROPS_PER_PHOTO = 3
 
 
 def unpack(archive: Path, out: Path) -> None:
     """Write each cut-out with straight alpha, cropped to what is not clear, and each background as it is."""
-    data = np.load(archive, allow_pickle=False)
-    cutouts, backgrounds = data["sprites"], data["backs"]
+    if not archive.is_file():
+        raise DatasetError(f"{archive} does not exist. Make it with pack_scenes.py.")
+    try:
+        data = np.load(archive, allow_pickle=False)
+        cutouts, backgrounds = data["sprites"], data["backs"]
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{archive} is not an archive that pack_scenes.py wrote. Make it again.") from error
     for number, sprite in enumerate(cutouts):
         premultiplied = sprite.transpose(1, 2, 0).astype(np.float32)
         alpha = premultiplied[..., 3:]
@@ -34,9 +44,18 @@ def unpack(archive: Path, out: Path) -> None:
 
 
 def _save(image: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     image.save(file)
 
 
+def main() -> None:
+    """All of the archive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, help="scenes256.npz, from pack_scenes.py")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    unpack(options.archive, options.out)
+
+
 if __name__ == "__main__":
-    unpack(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_script(main)

@@ -18,8 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector, TraceError
-from trace_sdk.errors import ImageError
+from trace_sdk.errors import DatasetError, ImageError
 from trace_sdk.images import MAX_PIXELS, read_image
+from trace_sdk.pretraining.training_images import open_cutout, open_photo
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
@@ -316,3 +317,26 @@ def test_every_message_says_what_to_do() -> None:
         with pytest.raises(TraceError) as caught:
             read_image(make())
         assert len(str(caught.value).rstrip(".").split(". ")) >= 2, str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["chunk", "huge", "text", "empty"])
+def test_a_training_photo_that_is_none(name: str, tmp_path: Path) -> None:
+    png = encoded("PNG")
+    data = {
+        "chunk": png[:37] + b"\t\x00\x08\xa8" + png[41:],  # Pillow raises SyntaxError
+        "huge": b"BM" + struct.pack("<IIIIiiHHIIiiII", 200, 0, 54, 40, 90_000, 90_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        "text": b"hello",
+        "empty": b"",
+    }[name]
+    (tmp_path / "photo.png").write_bytes(data)
+    for read in (open_photo, open_cutout):
+        with pytest.raises(DatasetError, match=r"photo\.png.*Remove it or replace it"):
+            read(tmp_path / "photo.png")
+
+
+def test_a_training_photo_is_upright(tmp_path: Path) -> None:
+    sideways = PIL.Image.new("RGB", (64, 48))
+    exif = sideways.getexif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "photo.jpg", exif=exif)
+    assert open_photo(tmp_path / "photo.jpg").size == (48, 64)

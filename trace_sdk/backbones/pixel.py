@@ -6,6 +6,7 @@ Flow matching with x-prediction: x_t = (1 − t)·x + t·ε, and the network ans
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,6 +28,9 @@ PATCH = 8
 CHANNELS = 3 * PATCH * PATCH
 SMALL = {"num_single_layers": 8, "num_attention_heads": 4}
 BASE = {"num_single_layers": 12, "num_attention_heads": 6}
+
+# Norms with fp32 weights see bf16 under autocast: as it should be, and nothing a person at a terminal could change.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 class PixelBackbone(Placed):

@@ -108,6 +108,8 @@ def folder_of(source: str | Path) -> Path:
 
 def no_folder(source: Path) -> str:
     """Why this is no model's folder, and what to do."""
+    if (source / "student.json").is_file():
+        return f"{source} is a student, not a backbone. Give the backbone that it was distilled from."
     files = [source] if source.is_file() else sorted(source.glob("*"))
     checkpoint = next((file for file in files if file.suffix in (".safetensors", ".ckpt")), None)
     if checkpoint:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output
+from trace_sdk.errors import ArgumentError
 
 
 @click.command("combine", short_help="Make one student of two: with a backbone, and convolutional.")
@@ -33,8 +34,16 @@ def command(attending: Path, looking: Path, out: Path, share: float) -> None:
       trace-sdk export runs/both -o mine.onnx
     """
     from trace_sdk.student.combined import CombinedStudent
+    from trace_sdk.student.folder import open_student
     from trace_sdk.student.model import Student
     from trace_sdk.student.nano import NanoStudent
 
-    CombinedStudent(Student.load(attending), NanoStudent.load(looking), share).save(out, {})
+    student, nano = open_student(attending), open_student(looking)
+    if not isinstance(student, Student):
+        raise ArgumentError(f"{attending} has no backbone of its own. Give first what `trace-sdk distill` wrote.")
+    if not isinstance(nano, NanoStudent):
+        raise ArgumentError(
+            f"{looking} is not a convolutional student. Give second what `trace-sdk distill-nano` wrote."
+        )
+    CombinedStudent(student, nano, share).save(out, {})
     output.print(f"Student written to {out}", markup=False, soft_wrap=True)

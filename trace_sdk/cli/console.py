@@ -79,9 +79,19 @@ def report_errors() -> Iterator[None]:
         say_error(f"{package} is not installed. Run: pip install 'trace-sdk[{_EXTRAS[package]}]'")
         raise click.exceptions.Exit(FAILED) from None
     except KeyboardInterrupt:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        script = sys.argv[0].endswith(".py")
+        command = shlex.join([*(["python", sys.argv[0]] if script else [Path(sys.argv[0]).name]), *sys.argv[1:]])
         errors.print(f"interrupted. To go on, run: {command}", markup=False, soft_wrap=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Do what a script of `recipes/` does, with a command's errors and exit codes."""
+    try:
+        with report_errors():
+            main()
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
 
 
 class Advance(Protocol):

@@ -40,7 +40,8 @@ def command(
       trace-sdk cutouts photos/ -o cutouts/ --size 384
       trace-sdk self-train runs/student photos/ --cutouts cutouts/ -o runs/better
 
-    A photo that is done is not done again unless it, the engine or an option has changed.
+    A photo that is done is not done again unless it, the engine or an option has changed; its cut-outs are then
+    replaced.
 
     \b
     Exit code:
@@ -55,20 +56,25 @@ def command(
     from trace_sdk.instances.cutouts import cut_out
 
     detector = EdgeDetector(engine, device=device, size=size)
-    parts = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})
+    made_of = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})
+    records = Parts(out / ".cutouts", {})  # one a photo: what its files here were made of
     failed = count = 0
     with progress("cutouts", total=len(jobs)) as advance:
         for job in jobs:
             try:
-                key = parts.key(read_photo(job.photo), str(job.name).encode())
-                if (done := parts.get(key)) is None:
+                key = made_of.key(read_photo(job.photo), str(job.name).encode())
+                place = records.key(str(job.name).encode())
+                last = records.get(place) or {"of": None, "cutouts": []}
+                if last["of"] != key:
                     cutouts = cut_out(detector.run(job.photo), min_score)
                     for number, cutout in enumerate(cutouts, start=1):
                         with write_whole(out / f"{job.name}-{number}.png") as file:
                             cutout.image.save(file, "PNG")
-                    done = [{"box": cutout.box, "score": round(cutout.score, 4)} for cutout in cutouts]
-                    parts.put(key, done)
-                count += len(done)
+                    for number in range(len(cutouts) + 1, len(last["cutouts"]) + 1):  # that were there before
+                        (out / f"{job.name}-{number}.png").unlink(missing_ok=True)
+                    last = {"of": key, "cutouts": [{"box": one.box, "score": round(one.score, 4)} for one in cutouts]}
+                    records.put(place, last)
+                count += len(last["cutouts"])
             except InputError as error:
                 failed += 1
                 say_error(error)

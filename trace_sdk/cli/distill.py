@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import block_option, crop_options, torch_device_option, workers_option
+from trace_sdk.cli.options import block_option, crop_options, learning_options, torch_device_option, workers_option
 
 
 @click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
@@ -61,8 +61,7 @@ from trace_sdk.cli.options import block_option, crop_options, torch_device_optio
     "--accumulate", default=1, show_default=True, help="Parts a step's batch goes through the model in: less memory."
 )
 @click.option("--checkpointing", is_flag=True, help="Compute activations again rather than keep them: less memory.")
-@click.option("--learning-rate", default=2e-3, show_default=True, help="Of the decoder; LoRA takes a tenth.")
-@click.option("--seed", default=0, show_default=True)
+@learning_options(2e-3, "Of the decoder; LoRA takes a tenth.")
 @workers_option
 @torch_device_option
 def command(
@@ -148,4 +147,4 @@ def command(
             ),
         )
     if first:
-        output.print(f"Student written to {out}")
+        output.print(f"Student written to {out}", markup=False, soft_wrap=True)

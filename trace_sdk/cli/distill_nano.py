@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import torch_device_option
+from trace_sdk.cli.options import learning_options, torch_device_option
 
 
 @click.command("distill-nano", short_help="Train a small convolutional student, for CPUs, on the same labels.")
@@ -17,11 +17,10 @@ from trace_sdk.cli.options import torch_device_option
 @click.option("--steps", default=3000, show_default=True, help="Optimizer steps in all; may be raised when going on.")
 @click.option("--crops", default=8, show_default=True, help="Crops a step.")
 @click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
-@click.option("--learning-rate", default=3e-3, show_default=True)
 @click.option(
     "--held-out", default=0.05, show_default=True, help="Share of the images that only choose the edge threshold."
 )
-@click.option("--seed", default=0, show_default=True)
+@learning_options(3e-3)
 @torch_device_option
 def command(
     photos: tuple[str, ...],
@@ -63,4 +62,4 @@ def command(
             device=torch_device(device),
             report=lambda step, losses: advance(note=" ".join(f"{k} {v:.3f}" for k, v in losses.items())),
         )
-    output.print(f"Student written to {out}")
+    output.print(f"Student written to {out}", markup=False, soft_wrap=True)

@@ -15,7 +15,13 @@ from trace_sdk.errors import ArgumentError
 @click.command("evaluate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and the cache.")
-@click.option("--engine", "engines", multiple=True, metavar="NAME|PATH", help="Bundled engine or .onnx; repeatable.")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="NAME|PATH",
+    help="Bundled engine, .onnx or folder of a student; repeatable.",
+)
 @click.option(
     "--edges",
     "folders",

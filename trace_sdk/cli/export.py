@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -11,6 +12,7 @@ from click.core import ParameterSource
 from trace_sdk.atomic import write_bytes
 from trace_sdk.cli.console import output, status
 from trace_sdk.engines import BUNDLED, read_engine
+from trace_sdk.errors import ArgumentError
 
 
 @click.command("export", short_help="Turn a student into one engine file, checked against PyTorch.")
@@ -164,9 +166,20 @@ def command(
             annotated=annotated,
             any_size=any_size,
             output=answers,
-            quality=json.loads(quality.read_text()) if quality else None,
+            quality=_figures(quality) if quality else None,
             note=note,
         )
     record = report.save(out)
     output.print(report.to_table())
     output.print(f"Written: {out}, {record}", markup=False, soft_wrap=True)
+
+
+def _figures(file: Path) -> dict[str, Any]:
+    """What --quality holds."""
+    try:
+        figures = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ArgumentError(f"{file} is not JSON ({error}). Give an object of figures (--quality).") from error
+    if not isinstance(figures, dict):
+        raise ArgumentError(f"{file} holds no JSON object. Give one of figures, {{name: figure}} (--quality).")
+    return figures

@@ -101,8 +101,8 @@ from trace_sdk.cli.options import block_option, torch_device_option
     "--plot",
     "plots",
     is_flag=True,
-    help="Beside each label a picture: KL curve, attention PCA and ABDiv along t, labels; and t-star.png, how often "
-    "each t* was found in the folder.",
+    help="Beside each new label a picture: KL curve, attention PCA and ABDiv along t, labels; and t-star.png, "
+    "how often each t* was found in the folder.",
 )
 @click.option(
     "--prompt",

@@ -52,6 +52,22 @@ def torch_device_option(command: Command) -> Command:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
+def learning_options(rate: float, what: str | None = None) -> Callable[[Command], Command]:
+    """`learning_rate`, by default `rate`, and `seed` of a training; `what` the rate is of."""
+
+    def add(command: Command) -> Command:
+        command = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)(command)
+        return click.option(
+            "--learning-rate",
+            type=click.FloatRange(0, min_open=True),
+            default=rate,
+            show_default=True,
+            help=what,
+        )(command)
+
+    return add
+
+
 def workers_option(command: Command) -> Command:
     """`workers`, processes that prepare batches."""
     return click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import crop_options, torch_device_option, workers_option
+from trace_sdk.cli.options import crop_options, learning_options, torch_device_option, workers_option
 
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
@@ -31,10 +31,9 @@ from trace_sdk.cli.options import crop_options, torch_device_option, workers_opt
 @click.option("--steps", default=4300, show_default=True, help="Optimizer steps in all; may be raised when going on.")
 @crop_options(tokens=256 * 1024, sizes=(256,))
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
-@click.option("--learning-rate", default=7e-4, show_default=True)
+@learning_options(7e-4)
 @click.option("--warmup", default=300, show_default=True, help="Steps of linear warm-up.")
 @click.option("--ema", default=0.999, show_default=True, help="How long the averaged weights remember.")
-@click.option("--seed", default=0, show_default=True)
 @workers_option
 @torch_device_option
 def command(
@@ -96,4 +95,4 @@ def command(
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )
-    output.print(f"Backbone written to {out}")
+    output.print(f"Backbone written to {out}", markup=False, soft_wrap=True)

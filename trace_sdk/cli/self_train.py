@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import torch_device_option, workers_option
+from trace_sdk.cli.options import learning_options, torch_device_option, workers_option
 
 
 @click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
@@ -27,8 +27,7 @@ from trace_sdk.cli.options import torch_device_option, workers_option
 @click.option(
     "--lora-rank", default=0, show_default=True, help="LoRA on the backbone, which then learns too; 0 leaves it alone."
 )
-@click.option("--learning-rate", default=2e-3, show_default=True, help="LoRA takes a tenth.")
-@click.option("--seed", default=0, show_default=True)
+@learning_options(2e-3, "LoRA takes a tenth.")
 @workers_option
 @torch_device_option
 def command(
@@ -79,4 +78,4 @@ def command(
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
         )
-    output.print(f"Student written to {out}")
+    output.print(f"Student written to {out}", markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.atomic import write_bytes, write_text
-from trace_sdk.cli.console import output
+from trace_sdk.cli.console import errors, output
 from trace_sdk.errors import ArgumentError
 
 
@@ -57,3 +57,5 @@ def command(results: tuple[Path, ...], out: Path | None, plot: bool, ours: str, 
         write_text(out, text)
         if plot and (picture := figure_10(masks, ours)) is not None:
             write_bytes(out.with_suffix(".figure10.png"), picture)
+        elif plot:
+            errors.print("Figure 10 is not drawn: no masks BASE+EDGES were measured.", markup=False, soft_wrap=True)

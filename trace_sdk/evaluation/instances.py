@@ -45,14 +45,17 @@ def score_file(folder: str | Path, file: str | Path, names: Collection[str] | No
 
     Args:
         folder: a COCO data set with images/.
-        file: COCO results or data set; masks of images that are not looked at are passed over.
+        file: COCO results, or a data set, whose images are found by their file names; masks of images that are not
+            looked at are passed over.
         names: stems of the photos to look at; None: all.
 
     Raises:
         DatasetError: a file is missing or malformed, or a mask is.
     """
     source = Path(folder) / "instances.json"
-    predictions = read_predictions(Path(file), Path(folder) / "images", source, _refuse, class_agnostic=True)
+    predictions = read_predictions(
+        Path(file), Path(folder) / "images", source, _refuse, class_agnostic=True, by_name=True
+    )
     truth = json.loads(source.read_bytes())
     wanted = {i["id"] for i in truth["images"] if names is None or Path(str(i["file_name"])).stem in names}
     results = []

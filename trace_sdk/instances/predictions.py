@@ -56,7 +56,13 @@ class Predictions:
 
 
 def read_predictions(
-    file: Path, folder: Path, annotations: Path | None, on_bad: OnBad, *, class_agnostic: bool = False
+    file: Path,
+    folder: Path,
+    annotations: Path | None,
+    on_bad: OnBad,
+    *,
+    class_agnostic: bool = False,
+    by_name: bool = False,
 ) -> Predictions:
     """Read a file of masks and find the photos they belong to.
 
@@ -69,6 +75,8 @@ def read_predictions(
         annotations: data set that names images, and categories.
         on_bad: called with each bad entry or image, which is left out; it may raise.
         class_agnostic: any category will do, listed or not.
+        by_name: a data set numbers its images as it likes: they are those of `annotations` with the same file names,
+            and others are left out. Where it shares no file name with them, numbers count.
 
     Raises:
         DatasetError: the file is none of the two, or a folder or file is missing; and what `on_bad` raises.
@@ -87,6 +95,8 @@ def read_predictions(
     if named is not None and not isinstance(named, dict):
         raise DatasetError(f"{source} is not a COCO data set. Give one with images.")
     listed = _listed(named, source, on_bad)
+    if by_name and content is not None and listed is not None:
+        loaded = _renumbered(loaded, content, listed)
     categories: set[Any] = set()
     if not class_agnostic:
         categories = {c.get("id") for c in (named or {}).get("categories", []) if isinstance(c, dict)}
@@ -162,6 +172,23 @@ def _listed(named: dict[str, Any] | None, source: Path, on_bad: OnBad) -> dict[A
         else:
             listed[image["id"]] = image
     return listed
+
+
+def _renumbered(entries: list[Any], own: dict[str, Any], listed: dict[Any, dict[str, Any]]) -> list[Any]:
+    """Entries with the image ids of `listed`, by file name, where `own` names its images."""
+    ids = {Path(image["file_name"]).name: listed_id for listed_id, image in listed.items()}
+    images = [image for image in own.get("images") or [] if isinstance(image, dict) and _is_id(image.get("id"))]
+    known = {image["id"]: ids.get(Path(str(image.get("file_name"))).name) for image in images}
+    if not any(listed_id is not None for listed_id in known.values()):
+        return entries
+    renumbered = []
+    for entry in entries:
+        image_id = entry.get("image_id") if isinstance(entry, dict) else None
+        if not _is_id(image_id) or image_id not in known:
+            renumbered.append(entry)
+        elif known[image_id] is not None:
+            renumbered.append({**entry, "image_id": known[image_id]})
+    return renumbered
 
 
 def refine_entries(

@@ -62,7 +62,7 @@ def find_images(where: Where | Iterable[Where]) -> list[NamedImage]:
     image folder; those in a tar begin with the tar's.
 
     Raises:
-        DatasetError: there is none, a file is malformed, or two images would share a name.
+        DatasetError: there is none, a file is missing or malformed, or two images would share a name.
     """
     arguments = [os.fspath(one) for one in ([where] if isinstance(where, (str, os.PathLike)) else where)]
     found: dict[str, NamedImage] = {}
@@ -94,6 +94,8 @@ def _expand(argument: str) -> Iterator[NamedImage]:
         for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207
             found = Path(match)
             yield from _folder(found, root) if found.is_dir() else _file(found, root)
+    elif not path.exists():
+        raise DatasetError(f"{argument} does not exist. Check the name.")
     else:
         yield from _file(path, path.parent)
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from trace_sdk.backbones.pixel import PixelBackbone
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.errors import ArgumentError
 from trace_sdk.pretraining.training_images import TrainingImages
 from trace_sdk.training.crops import check_crops, draw_crops, step_generator
 from trace_sdk.training.loop import Report, train_until
 from trace_sdk.training.state import (
     check_same_run,
     load_state,
+    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -53,6 +54,11 @@ class PretrainSettings:
         """Raise ArgumentError naming the setting that is out of its range."""
         if self.steps < 1:
             raise ArgumentError(f"steps must be at least 1, got {self.steps}.")
+        if self.layers < 1 or self.heads < 1 or self.warmup < 1 or not 0 <= self.ema < 1:
+            raise ArgumentError(
+                "layers, heads and warmup must be ≥ 1 and ema in [0, 1); "
+                f"got {self.layers}, {self.heads}, {self.warmup}, {self.ema}."
+            )
         check_crops(self.sizes, self.tokens)
         if self.optimizer not in ("adamw", "muon"):
             raise ArgumentError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
@@ -160,7 +166,7 @@ class _Trainer:
             for number, optimizer in enumerate(self.optimizers):
                 restore_optimizer(optimizer, f"optimizer{number}", tensors)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+            raise misfit(file) from error
         self.step = step
 
 

@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.pretraining.scenes import RGB, compose
@@ -19,7 +19,10 @@ def list_photos(folders: list[Path]) -> list[Path]:
     """All photos below the folders, sorted by name within each. Raises DatasetError if a folder has none."""
     found: list[Path] = []
     for folder in folders:
-        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES) if folder.is_dir() else []
+        if not folder.is_dir():
+            wrong = "is a file, not a folder of photos" if folder.is_file() else "does not exist"
+            raise DatasetError(f"{folder} {wrong}. Give the folder that holds the photos.")
+        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
         if not photos:
             raise DatasetError(
                 f"No photos in {folder}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} files."
@@ -52,7 +55,7 @@ def open_cutout(file: Path) -> Image.Image:
     """One RGBA cut-out with straight alpha."""
     try:
         image = Image.open(file).convert("RGBA")
-    except OSError as error:
+    except Exception as error:  # a decoder fed with damaged data raises anything
         raise DatasetError(f"Cannot read the cut-out {file}: {error}. Remove it or replace it.") from error
     if np.asarray(image.getchannel("A")).min() == 255:
         raise DatasetError(f"The cut-out {file} has no transparent pixel. Give RGBA images cut along the outline.")
@@ -60,10 +63,10 @@ def open_cutout(file: Path) -> Image.Image:
 
 
 def open_photo(file: Path) -> Image.Image:
-    """One photo as RGB. Raises DatasetError with the file's name if it cannot be read."""
+    """One photo as RGB, upright as EXIF says. Raises DatasetError with the file's name if it cannot be read."""
     try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    except Exception as error:  # a decoder fed with damaged data raises anything
         raise DatasetError(f"Cannot read the photo {file}: {error}. Remove it or replace it.") from error
 
 

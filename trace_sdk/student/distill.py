@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_sdk.backbones.backbone import Backbone
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.errors import ArgumentError
 from trace_sdk.student.calibrate import calibrate_threshold
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.look import draw_validation
@@ -27,6 +27,7 @@ from trace_sdk.training.processes import average_gradients, join_processes, proc
 from trace_sdk.training.state import (
     check_same_run,
     load_state,
+    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -298,7 +299,7 @@ class _Trainer:
             self.put(tensors)
             restore_optimizer(self.optimizer, "optimizer", tensors)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+            raise misfit(file) from error
         self.step = step
         if self.held_out and (file.parent / BEST).is_file():
             self.best_score = load_state(file.parent / BEST)[2]["score"]

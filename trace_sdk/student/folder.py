@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TypeAlias
 
+from trace_sdk.errors import CheckpointError
 from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
@@ -17,8 +18,14 @@ def open_student(folder: str | Path) -> AnyStudent:
     """What `trace-sdk distill`, `distill-nano`, `self-train` or `combine` wrote; `student.json` says which.
 
     Raises:
-        CheckpointError: a part is missing or corrupt.
+        CheckpointError: it holds no student, or a part is missing or corrupt.
     """
+    if not (Path(folder) / "student.json").is_file():
+        wrong = "holds no student" if Path(folder).exists() else "does not exist"
+        raise CheckpointError(
+            f"{folder} {wrong}. Give the folder that `trace-sdk distill`, `distill-nano`, `self-train` or `combine` "
+            "wrote."
+        )
     try:
         architecture = json.loads((Path(folder) / "student.json").read_text()).get("architecture")
     except (OSError, ValueError, AttributeError):

@@ -38,7 +38,8 @@ class LabelledImages:
         self.pairs = [(image, file) for image in found if (file := label_file(labels, image.name)).is_file()]
         if not self.pairs:
             raise DatasetError(
-                f"None of {len(found)} photos has a label below {labels}. Run `trace-sdk label PHOTOS -o {labels}`."
+                f"None of {len(found)} photos has a label below {labels}. "
+                f"Run `trace-sdk label PHOTOS --backbone BACKBONE -o {labels}`."
             )
         self._seed = seed
         self._sizes: dict[str, tuple[int, int]] = {}

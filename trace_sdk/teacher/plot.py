@@ -66,11 +66,11 @@ def plot(
             words_shown = list(zip(found.words, found.maps.swapaxes(0, 1), strict=True))
     rows = len(words_shown)
     figure = new_figure(2.6 * len(SHOWN), 9.6 + 2.8 * rows)
-    grid = figure.add_gridspec(3 + rows, len(SHOWN), height_ratios=(1.3, *[1] * (2 + rows)))
-    photo = figure.add_subplot(grid[0, :2])
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.3, 2 + rows))  # so that no curve sets rows of maps apart
+    photo, curve, labels = upper.subplots(1, 3)
+    grid = lower.subplots(2 + rows, len(SHOWN))
     photo.imshow(rgb)
     photo.set_title("photo")
-    curve = figure.add_subplot(grid[0, 2:4])
     if annotation.emergence:
         emergence = annotation.emergence
         curve.plot(emergence.timesteps, emergence.kl, marker="o", color="black")
@@ -79,18 +79,17 @@ def plot(
         curve.legend()
     title, unit = CURVES[teacher.settings.criterion]
     curve.set(title=title, xlabel="t", ylabel=unit)
-    labels = figure.add_subplot(grid[0, 4:6])
     labels.imshow(colour_labels(annotation.labels), interpolation="nearest")
     labels.set_title(f"labels: edge, interior ({annotation.rule}), uncertain")
     for column, (t, (attention, divergence)) in enumerate(zip(SHOWN, steps, strict=True)):
-        top, bottom = figure.add_subplot(grid[1, column]), figure.add_subplot(grid[2, column])
+        top, bottom = grid[:2, column]
         top.imshow(attention)
         top.set_title(f"attention PCA, t = {t:g}")
         bottom.imshow(divergence, cmap="magma", vmax=float(np.quantile(divergence, 0.995)))
         bottom.set_title(f"ABDiv, t = {t:g}")
         shown = [top, bottom]
         for row, (word, maps) in enumerate(words_shown):
-            axes = figure.add_subplot(grid[3 + row, column])
+            axes = grid[2 + row, column]
             axes.imshow(maps[column], cmap="viridis", vmin=float(maps.min()), vmax=float(maps.max()))
             axes.set_title(f"“{word}”, t = {t:g}")
             shown.append(axes)

@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trace_sdk.errors import CheckpointError
 from trace_sdk.training.state import (
     check_same_run,
     load_state,
+    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -85,5 +85,5 @@ class AveragedTraining(Generic[Model]):
             self.average.load_state_dict(part(tensors, "average"))
             restore_optimizer(self._optimizer, "optimizer", tensors)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file} does not fit this run: {error}") from error
+            raise misfit(file) from error
         return step

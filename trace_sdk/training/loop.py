@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from trace_sdk.atomic import make_folder
 from trace_sdk.errors import ArgumentError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
@@ -53,9 +54,11 @@ def train_until(
 
     Raises:
         ArgumentError: `workers` is negative.
+        OutputError: `out` cannot be written to.
     """
     if workers < 0:
         raise ArgumentError(f"workers must be at least 0, got {workers}.")
+    make_folder(out)
     file, history = out / STATE, History(out)
     if file.is_file():
         trainer.restore(file)

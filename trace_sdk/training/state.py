@@ -47,12 +47,19 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
 
 def check_same_run(file: Path, before: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...]) -> None:
     """Raise ArgumentError if a setting that a resumed run must keep differs from the stored one."""
+    if not set(fixed) <= before.keys():
+        raise ArgumentError(f"{file} is of another kind of training. Give another folder (-o).")
     for name in fixed:
-        if before.get(name) != json.loads(json.dumps(now[name])):
+        if before[name] != json.loads(json.dumps(now[name])):
             raise ArgumentError(
-                f"{file} is of a run with {name}={before.get(name)}, now {now[name]} was asked for. "
+                f"{file} is of a run with {name}={before[name]}, now {now[name]} was asked for. "
                 "Give the same value to go on, or another folder (-o) to start anew."
             )
+
+
+def misfit(file: Path) -> CheckpointError:
+    """What to raise where the tensors of a state are not those of the model that is trained."""
+    return CheckpointError(f"{file} is of another model than this run's. Give another folder (-o) to start anew.")
 
 
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
