@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,13 +18,15 @@ import torch
 from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
+from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.baselines import lab_gradient
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "trace-small"
 
 
 def script(name: str) -> dict[str, Any]:
-    return runpy.run_path(str(RECIPE / f"{name}.py"))
+    with patch.object(sys, "path", [str(RECIPE), *sys.path]):  # as Python does for a script
+        return runpy.run_path(str(RECIPE / f"{name}.py"))
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
@@ -93,6 +99,72 @@ class TestPackScenes:
         assert (len(cutouts), len(backgrounds)) == (353, 96)
         assert cutouts == sorted(set(cutouts)) and len(set(backgrounds)) == 96
         assert {name.partition("/")[0] for name in (*cutouts, *backgrounds)} == functions["PACKAGES"].keys()
+
+
+def resources(files: dict[str, bytes], packed: bool) -> bytes:
+    """A Qt resource file, version 2, with one folder `photos` that holds the files."""
+    names, offsets = b"", []
+    for name in ("photos", *files):
+        offsets.append(len(names))
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    contents, places = b"", []
+    for content in files.values():
+        places.append(len(contents))
+        stored = struct.pack(">I", len(content)) + zlib.compress(content) if packed else content
+        contents += struct.pack(">I", len(stored)) + stored
+    entries = [struct.pack(">IHIIQ", 0, 2, 1, 1, 0), struct.pack(">IHIIQ", offsets[0], 2, len(files), 2, 0)]
+    entries += [
+        struct.pack(">IHHHIQ", offset, packed, 0, 1, place, 0)
+        for offset, place in zip(offsets[1:], places, strict=True)
+    ]
+    tree = b"".join(entries)
+    return (
+        struct.pack(">4s4I", b"qres", 2, 20, 20 + len(tree), 20 + len(tree) + len(contents)) + tree + contents + names
+    )
+
+
+class TestPackVaried:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        (tmp_path / "root/a").mkdir(parents=True)
+        inside = io.BytesIO()
+        Image.new("RGB", (2048, 1024), (200, 0, 0)).save(inside, "PNG")
+        (tmp_path / "root/a/b.rcc").write_bytes(resources({"one.txt": b"?", "cat.png": inside.getvalue()}, packed=True))
+        Image.new("RGB", (64, 48)).save(tmp_path / "root/a/dog.jpg")
+        return tmp_path / "root"
+
+    def test_photos_come_in_order_and_no_larger_than_1024(self, root: Path, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("a/b.rcc:/photos/cat.png\na/dog.jpg\n")
+        assert script("pack_varied")["pack"](root, tmp_path / "out", tmp_path / "list.txt") == 2
+        files = sorted((tmp_path / "out").iterdir())
+        assert [file.name for file in files] == ["000-cat.png", "001-dog.png"]
+        assert [Image.open(file).size for file in files] == [(1024, 512), (64, 48)]
+        assert Image.open(files[0]).getpixel((0, 0)) == (200, 0, 0)
+
+    @pytest.mark.parametrize("name", ["a/b.rcc:/photos/gone.png", "a/gone.jpg", "a/gone.rcc:/photos/cat.png"])
+    def test_a_missing_file_is_named_and_nothing_written(self, root: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "list.txt").write_text(f"a/dog.jpg\n{name}\n")
+        with pytest.raises(SystemExit, match="gone"):
+            script("pack_varied")["pack"](root, tmp_path / "out", tmp_path / "list.txt")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_damaged_resources_are_an_error(self, tmp_path: Path, packed: bool) -> None:
+        whole = resources({"x": bytes(100), "y": b"1"}, packed)
+        read = script("debian_packages")["qt_resources"]
+        (tmp_path / "a.rcc").write_bytes(whole)
+        assert read(tmp_path / "a.rcc") == {"/photos/x": bytes(100), "/photos/y": b"1"}
+        for damaged in (b"", b"RIFF" + whole[4:], whole[:30], whole[:-2]):
+            (tmp_path / "a.rcc").write_bytes(damaged)
+            with pytest.raises(DatasetError, match=r"a\.rcc is not a Qt resource file"):
+                read(tmp_path / "a.rcc")
+
+    def test_the_committed_list_has_nothing_of_the_held_out_scenes(self) -> None:
+        functions, scenes = script("pack_varied"), script("pack_scenes")
+        names = functions["VARIED"].read_text().split()
+        assert len(names) == len(set(names)) == 304
+        assert {name.partition("/")[0] for name in names} == functions["PACKAGES"].keys()
+        assert not set(names) & set(scenes["read_sources"](scenes["SOURCES"])[1][-10:])
 
 
 class TestPackPhotos:
@@ -260,7 +332,7 @@ def test_reliability_of_the_bundled_engines(
     assert "lab-gradient" in capsys.readouterr().out
 
 
-SCRIPTS = sorted(RECIPE.parent.glob("*/*.py"))
+SCRIPTS = sorted(file for file in RECIPE.parent.glob("*/*.py") if "__main__" in file.read_text())
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=[file.stem for file in SCRIPTS])

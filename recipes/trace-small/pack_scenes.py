@@ -11,16 +11,14 @@ archive. Licences: CREDITS.md.
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
+from debian_packages import unpacked
 from numpy.typing import NDArray
 from PIL import Image
 
-from trace_sdk.atomic import make_folder, write_bytes, write_whole
+from trace_sdk.atomic import write_bytes, write_whole
 from trace_sdk.cli.console import run_script
 
 # As in Debian 12 (bookworm), from which the list was made.
@@ -75,18 +73,6 @@ def read_sources(file: Path) -> tuple[list[str], list[str]]:
     return lines[lines.index("sprites") + 1 : middle], lines[middle + 1 :]
 
 
-def fetch(debs: Path) -> dict[str, Path]:
-    """The packages' .deb files, downloaded where they are not in `debs` yet."""
-    make_folder(debs)
-    for package in PACKAGES:
-        if (
-            not list(debs.glob(f"{package}_*.deb"))
-            and subprocess.run(["apt-get", "download", package], cwd=debs).returncode
-        ):
-            raise SystemExit(f"error: apt-get does not find {package}. Run `apt-get update` first, or give --debs.")
-    return {package: next(debs.glob(f"{package}_*.deb")) for package in PACKAGES}
-
-
 def pack(root: Path, out: Path, sources: Path = SOURCES) -> None:
     """Pack the files of the list, found below `root`, into `out`; copy the list beside it."""
     cutouts, backgrounds = read_sources(sources)
@@ -111,13 +97,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the archive to write, .npz")
     parser.add_argument("--debs", type=Path, help="folder of .deb files  [default: debs/ beside the archive]")
     options = parser.parse_args()
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise SystemExit("error: this needs apt-get and dpkg; run it on Debian, or in a debian:bookworm container.")
-    debs = fetch(options.debs or options.out.parent / "debs")
-    with tempfile.TemporaryDirectory() as folder:
-        for package, deb in debs.items():
-            subprocess.run(["dpkg", "-x", deb, Path(folder, package)], check=True)
-        pack(Path(folder), options.out)
+    with unpacked(PACKAGES, options.debs or options.out.parent / "debs") as root:
+        pack(root, options.out)
 
 
 if __name__ == "__main__":
