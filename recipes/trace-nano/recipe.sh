@@ -3,8 +3,8 @@
 #
 #   recipes/trace-nano/recipe.sh WORK
 #
-# WORK holds photos/, train/ and held-out/, as for trace-small (see recipes/trace-small/README.md). The teacher is the
-# backbone of trace-small. About an hour and a half for the labels and as long for the student on two CPU cores.
+# WORK holds photos/, varied/, train/ and held-out/ (see recipes/trace-small/README.md). The teacher is the backbone of
+# trace-small. About an hour and a half for the labels and three hours for the student on two CPU cores.
 set -euo pipefail
 work=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -50,7 +50,23 @@ done
 trace-sdk self-train "$work/nano/mean" "$work/nano/many" "$work/nano/sharp" --cutouts "$work/nano/cutouts-many" \
   --cutouts "$work/nano/cutouts-384" --cutouts "$work/nano/cutouts-512" --cutouts "$work/nano/cutouts-768" \
   --steps 2700 --size 256 --learning-rate 1e-3 --seed 7 -o "$work/nano/last"
-trace-sdk export "$work/nano/last" -o "$work/trace-nano.onnx" --name trace-nano
+
+# Last with as many varied photos again, from Debian packages; these and the sharp ones are cut by trace-small.
+trace-sdk export "$work/nano/last" -o "$work/nano/fourth.onnx" --name trace-nano
+trace-sdk combine "$small/weights/student" "$work/nano/last" --share 0.85 -o "$work/nano/both"
+trace-sdk export "$work/nano/both" -o "$work/nano/both.onnx" --name trace-small --default-size 768
+trace-sdk cutouts "$work/nano/many" --engine "$work/nano/fourth.onnx" --size 384 -o "$work/nano/last-cutouts/many"
+cutouts=(--cutouts "$work/nano/last-cutouts/many")
+for part in "$work/nano/sharp" "$work/varied"; do
+  for size in 384 512 768; do
+    into=$work/nano/last-cutouts/${part##*/}-$size
+    trace-sdk cutouts "$part" --engine "$work/nano/both.onnx" --size "$size" -o "$into"
+    cutouts+=(--cutouts "$into")
+  done
+done
+trace-sdk self-train "$work/nano/last" "$work/nano/many" "$work/nano/sharp" "$work/varied" "${cutouts[@]}" \
+  --steps 2400 --size 256 --learning-rate 1e-3 --seed 11 -o "$work/nano/varied"
+trace-sdk export "$work/nano/varied" -o "$work/trace-nano.onnx" --name trace-nano
 
 python "$small/compose_scenes.py" "$work/held-out" "$work/scenes" --count 60 --seed 7 --ids
 trace-sdk evaluate "$work/scenes" --engine "$work/trace-nano.onnx" -o "$work/nano/quality"
