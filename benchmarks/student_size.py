@@ -140,7 +140,7 @@ def train(student: SizedStudent, batches: list[Read], steps: int) -> None:
 
 @torch.no_grad()
 def label_score(student: SizedStudent, batches: list[Read]) -> float:
-    """Best F-measure against the held-out images' snapped labels, as `distill --hold-out` scores."""
+    """Best F-measure against the held-out images' snapped labels, as `distill --held-out` scores."""
     answers = [student.decoder(chosen(b.features, student.choice), b.images).sigmoid().flatten() for b in batches]
     return best_threshold(torch.cat(answers), torch.cat([(b.labels == EDGE).flatten() for b in batches]))[1]
 

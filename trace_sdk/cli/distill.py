@@ -44,7 +44,7 @@ from trace_sdk.cli.options import block_option, crop_options, learning_options, 
     "0 makes new crops for every step.",
 )
 @click.option(
-    "--hold-out",
+    "--held-out",
     default=0.0,
     show_default=True,
     help="Share of the images to score on rather than learn from; the student is then that of the best score.",
@@ -76,7 +76,7 @@ def command(
     tokens: int,
     sizes: tuple[int, ...],
     batches: int,
-    hold_out: float,
+    held_out: float,
     validate_every: int,
     precision: str,
     accumulate: int,
@@ -91,13 +91,13 @@ def command(
     Learns from those of IMAGES (as `trace-sdk label` takes them) that have a label below --labels. The loss is Dice on
     certain pixels plus the backbone's reconstruction of the photo, which keeps LoRA from drifting. The state is saved
     every two minutes and on Ctrl-C: run the same command again to go on. OUT also gets curves.csv and curves.png, and
-    with --hold-out pictures of what the student answers in validation/.
+    with --held-out pictures of what the student answers in validation/.
 
     OUT holds the whole student: of a latent model the denoiser with LoRA merged, the VAE's encoder and the null prompt,
     as fp16 safetensors. Crop sides are multiples of the backbone's: 64 for Stable Diffusion 1.5, 16 for transformers.
 
     \b
-      trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student --hold-out 0.05
+      trace-sdk distill photos/ --labels runs/labels --backbone runs/backbone -o runs/student --held-out 0.05
       trace-sdk distill photos/ --labels runs/labels --backbone models/sd15 --size 512 -o runs/student --device cuda
     On two GPUs, each with its part of every batch; the curve is that of one:
       accelerate launch --num_processes 2 $(which trace-sdk) distill photos/ … --device cuda
@@ -128,9 +128,9 @@ def command(
         seed=seed,
     )
     settings.check()
-    found, held_out = LabelledImages(images, labels, seed), None
-    if hold_out:
-        found, held_out = found.split(hold_out)
+    found, judges = LabelledImages(images, labels, seed), None
+    if held_out:
+        found, judges = found.split(held_out)
     own_device = join_processes(torch_device(device))
     first = process_index() == 0
     with progress("distill", total=steps, done=steps_done(out)) if first else nullcontext() as advance:
@@ -139,7 +139,7 @@ def command(
             found,
             out,
             settings,
-            held_out=held_out,
+            held_out=judges,
             device=own_device,
             workers=workers,
             report=lambda step, losses: (

@@ -117,6 +117,7 @@ class _Trainer:
     ) -> None:
         torch.manual_seed(settings.seed)
         self.student, self.scenes, self.settings = student, scenes, settings
+        self.record = asdict(settings) | {"student": student.weights_sha256()}  # where it began
         self.device, self.step = torch.device(device), 0
         learner: nn.Module = student
         if isinstance(student, Student) and not settings.lora_rank:
@@ -210,7 +211,7 @@ class _Trainer:
         return best_threshold((logits + rise).sigmoid()[known], outline[known])[0]
 
     def save(self, file: Path) -> None:
-        self.training.save(file, self.step, asdict(self.settings))
+        self.training.save(file, self.step, self.record)
 
     def restore(self, file: Path) -> None:
-        self.step = self.training.restore(file, asdict(self.settings), ("crops", "size", "lora_rank", "seed"))
+        self.step = self.training.restore(file, self.record, ("crops", "size", "lora_rank", "seed", "student"))
