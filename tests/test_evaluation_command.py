@@ -63,7 +63,9 @@ def test_command_writes_one_table(scenes: Path, tmp_path: Path) -> None:
         assert row["scenes"]["images"] == 3
         assert 0.8 < row["scenes"]["ods"] <= 1
     assert table["methods"]["mine"]["scenes"]["seconds"] is None
-    assert table["not_measured"] == {"structured forests": "not measured (model file not available)"}
+    assert table["not_measured"] == {
+        "structured forests": "not measured (OpenCV's model is in no package; give maps of it by --edges)"
+    }
     assert table["provenance"]["thresholds"] == 9
     assert table["provenance"]["max_dist"] == 0.0075
     assert {"commit", "command", "date", "hardware", "libraries", "trace_sdk"} <= set(table["provenance"])

@@ -129,7 +129,7 @@ class EdgeFolder:
 
 def not_measured() -> dict[str, str]:
     """Methods that belong in every table but cannot be run here, each with its reason."""
-    return {"structured forests": "not measured (model file not available)"}
+    return {"structured forests": "not measured (OpenCV's model is in no package; give maps of it by --edges)"}
 
 
 def check_names(methods: Sequence[Method]) -> None:
