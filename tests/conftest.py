@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ TINY = Manifest(
 )
 
 MakeEngine = Callable[..., bytes]
+KilledAt = Callable[[int], AbstractContextManager[Callable[[int, object], None]]]
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +150,23 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ImageDraw.Draw(image).ellipse((10 + 9 * number, 20, 60 + 9 * number, 80), fill=(200, 40 * number, 30))
         image.save(folder / name)
     return folder
+
+
+class _Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="session")
+def killed_at() -> KilledAt:
+    """`with killed_at(5) as report:` a training that is given `report` ends there in its fifth step."""
+
+    @contextmanager
+    def run(step: int) -> Iterator[Callable[[int, object], None]]:
+        def report(now: int, _: object) -> None:
+            if now == step:
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            yield report
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -23,10 +24,6 @@ from trace_sdk.teacher.labels import save_label
 from trace_sdk.teacher.teacher import Annotation
 
 SHORT = NanoSettings(steps=6, crops=2, size=64, held_out=0.6)
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +92,10 @@ def test_answers_are_local(student: NanoStudent) -> None:
     assert torch.allclose(before, after, atol=1e-5)
 
 
-def test_cut_distillation_ends_with_the_same_student(images: LabelledImages, tmp_path: Path) -> None:
-    def stop(step: int, _: object) -> None:
-        if step == 4:
-            raise Stop
-
+def test_cut_distillation_ends_with_the_same_student(images: LabelledImages, tmp_path: Path, killed_at: Any) -> None:
     distill_nano(images, tmp_path / "whole", SHORT)
-    with pytest.raises(Stop):
-        distill_nano(images, tmp_path / "cut", SHORT, save_seconds=0, report=stop)
+    with killed_at(4) as report:
+        distill_nano(images, tmp_path / "cut", SHORT, save_seconds=0, report=report)
     distill_nano(images, tmp_path / "cut", SHORT)
     whole, cut = (open_student(tmp_path / part) for part in ("whole", "cut"))
     assert isinstance(whole, NanoStudent) and whole.threshold == cut.threshold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,6 @@ from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.state import STATE, check_same_run
 
 SHORT = SelfTrainSettings(steps=4, crops=2, size=64)
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 def outlined(strengths: dict[tuple[int, int, int, int], float]) -> EdgeMap:
@@ -155,17 +152,13 @@ def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
     assert target[flat & ~inside].median() == pytest.approx(4 * float(target[flat & inside].median()), rel=0.3)
 
 
-def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path) -> None:
-    def stop(step: int, _: object) -> None:
-        if step == 2:
-            raise Stop
-
+def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path, killed_at: Any) -> None:
     scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
     NanoStudent(0.4).save(tmp_path / "start", {})
     whole = self_train(open_student(tmp_path / "start"), scenes, tmp_path / "whole", SHORT)
-    with pytest.raises(Stop):
-        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", SHORT, save_seconds=0, report=stop)
+    with killed_at(2) as report:
+        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", SHORT, save_seconds=0, report=report)
     self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", SHORT)
     first, second = ((tmp_path / name / "nano.safetensors").read_bytes() for name in ("whole", "cut"))
     assert first == second != (tmp_path / "start/nano.safetensors").read_bytes()
@@ -214,12 +207,8 @@ def test_of_a_student_with_a_backbone_the_decoder_learns_alone(
 
 
 def test_with_lora_attention_learns_too_and_a_cut_run_ends_the_same(
-    tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path
+    tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path, killed_at: Any
 ) -> None:
-    def stop(step: int, _: object) -> None:
-        if step == 2:
-            raise Stop
-
     torch.manual_seed(0)
     Student(tiny_backbone, blocks=[0]).save(tmp_path / "start", {})
     scenes, settings = OwnScenes([plain], [cutouts], 0), replace(SHORT, lora_rank=4, learning_rate=1e-1)
@@ -231,8 +220,8 @@ def test_with_lora_attention_learns_too_and_a_cut_run_ends_the_same(
         settings,
         report=lambda _, losses: terms.append(losses),
     )
-    with pytest.raises(Stop):
-        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", settings, save_seconds=0, report=stop)
+    with killed_at(2) as report:
+        self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", settings, save_seconds=0, report=report)
     self_train(open_student(tmp_path / "start"), scenes, tmp_path / "cut", settings)
     start, whole, cut = (open_student(tmp_path / name).state_dict() for name in ("start", "whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
