@@ -22,6 +22,7 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.cutouts import cut_out
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
+from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
@@ -150,6 +151,16 @@ def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
     assert (target[ridges == 1] == 1).all()
     # A new student answers with the gradient's odds, which are alike wherever nothing is to be seen.
     assert target[flat & ~inside].median() == pytest.approx(4 * float(target[flat & inside].median()), rel=0.3)
+
+
+def test_of_thresholds_as_good_it_is_the_lowest() -> None:
+    """A line of .6 is pasted, another of .2 is none: anything from .21 to .6 tells them apart, also a pixel beside."""
+    probability, ridges, known = (torch.zeros(1, 200, 200) for _ in range(3))
+    probability[0, 10:190, 61], probability[0, 10:190, 140] = 0.6, 0.2
+    ridges[0, 10:190, 60] = 1
+    assert threshold_on_scenes(probability, ridges, known == 0) == 0.21
+    known[0, :, :100] = 1  # nothing is known about the weak one
+    assert threshold_on_scenes(probability, ridges, known == 1) == 0.01
 
 
 def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path, killed_at: Any) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_sdk.errors import ArgumentError
-from trace_sdk.student.calibrate import best_threshold, rise_to_mean
+from trace_sdk.student.calibrate import rise_to_mean, threshold_on_scenes
 from trace_sdk.student.combined import CombinedStudent
 from trace_sdk.student.decoder import EdgeDecoder
 from trace_sdk.student.distill_nano import change_light
@@ -208,7 +208,7 @@ class _Trainer:
         (average.decoder if isinstance(average, Student) else average).raise_logits(rise)  # type: ignore[operator]
         outline = ridges > 0.5
         known = outline | (before.sigmoid() < self.student.threshold)
-        return best_threshold((logits + rise).sigmoid()[known], outline[known])[0]
+        return threshold_on_scenes((logits + rise).sigmoid(), ridges, known)
 
     def save(self, file: Path) -> None:
         self.training.save(file, self.step, self.record)
