@@ -38,7 +38,7 @@ CALIBRATIONS: dict[str, Callable[..., Any]] = {
 }
 _OPERATORS = ("Conv", "MatMul", "Gemm")
 _CARRIERS = ("Relu", "Add", "Resize")  # 8 bits in, 8 bits out, between convolutions
-LEAST_CHANNELS = 16  # of a layer's answer: with fewer no processor tried is faster in 8 bits, depthwise ones far slower
+LEAST_CHANNELS = 16  # of a layer's answer: with fewer 8 bits were no faster on the Xeon tried, depthwise far slower
 
 Photo = NDArray[np.uint8]  # [1, H, W, 3], as the network takes it
 
@@ -124,18 +124,18 @@ def _channels(node: onnx.NodeProto, weight: Sequence[int]) -> int:
     return weight[0] if node.op_type == "Conv" or transposed else weight[-1]
 
 
-def _carriers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
-    """Names of the nodes that read only what convolutions among these layers, or one another, answer."""
+def _with_carriers(model: onnx.ModelProto, layers: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes of these layers, and those that read only what convolutions among them, or one another, answer."""
     chosen = set(layers)
     in_8_bits: set[str] = set()
-    carriers = []
+    nodes = []
     for node in model.graph.node:
-        if node.op_type == "Conv" and node.name in chosen:
+        carries = node.op_type in _CARRIERS and in_8_bits.issuperset(_activations(node))
+        if carries or node.name in chosen:
+            nodes.append(node)
+        if carries or (node.op_type == "Conv" and node.name in chosen):
             in_8_bits.update(node.output)
-        elif node.op_type in _CARRIERS and in_8_bits.issuperset(_activations(node)):
-            in_8_bits.update(node.output)
-            carriers.append(node.name)
-    return carriers
+    return nodes
 
 
 def _activations(node: onnx.NodeProto) -> list[str]:
@@ -155,8 +155,8 @@ def _ranges(
     model: onnx.ModelProto, layers: Sequence[str], photos: Sequence[Photo], calibration: str, note: Note
 ) -> Any:
     """onnxruntime's TensorsData: the range of what layers and carriers read and answer over the photos."""
-    nodes = [node for node in model.graph.node if node.name in {*layers, *_carriers(model, layers)}]
     known = {value.name: value for value in model.graph.value_info}
+    nodes = _with_carriers(model, layers)
     wanted = {name for node in nodes for name in (*_activations(node), node.output[0]) if name in known}
     with tempfile.TemporaryDirectory() as folder, _quietly():
         places = (Path(folder, "float.onnx"), list(_OPERATORS), f"{folder}/watched.onnx")
@@ -178,7 +178,7 @@ def _with_8_bits(model: onnx.ModelProto, ranges: Any, layers: Sequence[str]) -> 
         # A product's float answer goes on as it is: what follows it needs the resolution.
         "OpTypesToExcludeOutputQuantization": ["MatMul"],
     }
-    nodes, operators = [*layers, *_carriers(model, layers)], [*_OPERATORS, *_CARRIERS]
+    nodes, operators = [node.name for node in _with_carriers(model, layers)], [*_OPERATORS, *_CARRIERS]
     weights, activations = QuantType.QInt8, QuantType.QUInt8
     with _quietly():
         quantizer = QDQQuantizer(

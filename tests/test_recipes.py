@@ -118,9 +118,8 @@ def resources(files: dict[str, bytes], packed: bool) -> bytes:
         for offset, place in zip(offsets[1:], places, strict=True)
     ]
     tree = b"".join(entries)
-    return (
-        struct.pack(">4s4I", b"qres", 2, 20, 20 + len(tree), 20 + len(tree) + len(contents)) + tree + contents + names
-    )
+    middle = 20 + len(tree)
+    return struct.pack(">4s4I", b"qres", 2, 20, middle, middle + len(contents)) + tree + contents + names
 
 
 class TestPackVaried:

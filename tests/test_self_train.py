@@ -158,9 +158,9 @@ def test_of_thresholds_as_good_it_is_the_lowest() -> None:
     probability, ridges, known = (torch.zeros(1, 200, 200) for _ in range(3))
     probability[0, 10:190, 61], probability[0, 10:190, 140] = 0.6, 0.2
     ridges[0, 10:190, 60] = 1
-    assert threshold_on_scenes(probability, ridges, known == 0) == 0.21
+    assert threshold_on_scenes(probability, ridges == 1, known == 0) == 0.21
     known[0, :, :100] = 1  # nothing is known about the weak one
-    assert threshold_on_scenes(probability, ridges, known == 1) == 0.01
+    assert threshold_on_scenes(probability, ridges == 1, known == 1) == 0.01
 
 
 def test_a_cut_run_ends_with_the_same_student(plain: Path, cutouts: Path, tmp_path: Path, killed_at: Any) -> None:

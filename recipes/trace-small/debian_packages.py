@@ -7,7 +7,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,24 @@ def unpacked(packages: Iterable[str], debs: Path) -> Iterator[Path]:
             deb = next(debs.glob(f"{package}_*.deb"))
             subprocess.run(["dpkg", "-x", deb, Path(folder, package)], check=True)
         yield Path(folder)
+
+
+def check_listed(root: Path, names: Sequence[str], listed: Path, packages: Mapping[str, str]) -> None:
+    """End the script if a file that `listed` names is not below `root`."""
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise SystemExit(
+            f"error: {len(missing)} files of {listed} are not in the packages, the first {missing[0]}. "
+            f"The list was made from Debian 12: {packages}. Put those .deb files into a folder, give it as --debs."
+        )
+
+
+def open_resources(file: Path) -> None:
+    """Put the files of NAME.rcc into a folder `NAME.rcc:` beside it."""
+    for path, content in qt_resources(file).items():
+        inside = Path(f"{file}:{path}")
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        inside.write_bytes(content)
 
 
 def qt_resources(file: Path) -> dict[str, bytes]:

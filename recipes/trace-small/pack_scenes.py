@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from debian_packages import unpacked
+from debian_packages import check_listed, unpacked
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -76,12 +76,7 @@ def read_sources(file: Path) -> tuple[list[str], list[str]]:
 def pack(root: Path, out: Path, sources: Path = SOURCES) -> None:
     """Pack the files of the list, found below `root`, into `out`; copy the list beside it."""
     cutouts, backgrounds = read_sources(sources)
-    missing = [name for name in (*cutouts, *backgrounds) if not (root / name).is_file()]
-    if missing:
-        raise SystemExit(
-            f"error: {len(missing)} files of {sources} are not in the packages, the first {missing[0]}. "
-            f"The list was made from Debian 12: {PACKAGES}. Put those .deb files into a folder, give it as --debs."
-        )
+    check_listed(root, [*cutouts, *backgrounds], sources, PACKAGES)
     rng = np.random.default_rng(0)
     sprites = np.stack([pack_cutout(Image.open(root / name)) for name in cutouts])
     backs = np.concatenate([pack_background(rng, Image.open(root / name)) for name in backgrounds])

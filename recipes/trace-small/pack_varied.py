@@ -11,10 +11,9 @@ own, none of those that the held-out scenes show. Licences: CREDITS.md.
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
-from debian_packages import qt_resources, unpacked
+from debian_packages import check_listed, open_resources, unpacked
 from PIL import Image
 
 from trace_sdk.atomic import make_folder, write_whole
@@ -39,28 +38,18 @@ def pack(root: Path, out: Path, varied: Path = VARIED) -> int:
     A line is PACKAGE/PATH, or PACKAGE/PATH.rcc:/PATH for what lies in a Qt resource file.
     """
     names = varied.read_text().split()
-    archives = {name.partition(":")[0] for name in names if ":" in name}
-    inside = {archive: qt_resources(root / archive) for archive in archives if (root / archive).is_file()}
-    missing = [name for name in names if not _is_there(root, inside, name)]
-    if missing:
-        raise SystemExit(
-            f"error: {len(missing)} files of {varied} are not in the packages, the first {missing[0]}. "
-            f"The list was made from Debian 12: {PACKAGES}. Put those .deb files into a folder, give it as --debs."
-        )
+    for archive in {name.partition(":")[0] for name in names if ":" in name}:
+        if (root / archive).is_file():
+            open_resources(root / archive)
+    check_listed(root, names, varied, PACKAGES)
     make_folder(out)
     for number, name in enumerate(names):
-        archive, _, path = name.partition(":")
-        with Image.open(io.BytesIO(inside[archive][path]) if path else root / name) as photo:
+        with Image.open(root / name) as photo:
             small = photo.convert("RGB")
         small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
         with write_whole(out / f"{number:03d}-{Path(name).stem}.png") as file:
             small.save(file, "PNG")
     return len(names)
-
-
-def _is_there(root: Path, inside: dict[str, dict[str, bytes]], name: str) -> bool:
-    archive, _, path = name.partition(":")
-    return path in inside.get(archive, {}) if path else (root / name).is_file()
 
 
 def main() -> None:

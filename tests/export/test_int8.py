@@ -20,14 +20,24 @@ from trace_sdk.export.verify import CHANGE_LIMIT, Change, answers, measure_chang
 
 
 def engine_of(nodes: list[onnx.NodeProto], values: dict[str, Any]) -> onnx.ModelProto:
-    """A graph with the ends of an engine; `values` are its constants."""
+    """An engine of the nodes that lead from `scaled`, pixels over 127.5, to `sum`; `values` are their constants."""
+    values = {"scale": np.float32(1 / 127.5), "axis": np.array([1], np.int64), **values}
+    begin = [
+        helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], "transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["nchw", "scale"], ["scaled"], "mul"),
+    ]
+    end = [
+        helper.make_node("ReduceMean", ["sum", "axis"], ["logits"], "mean", keepdims=0),
+        helper.make_node("Sigmoid", ["logits"], ["edge_probability"], "sigmoid2"),
+    ]
     constants = [
         numpy_helper.from_array(value if np.asarray(value).dtype == np.int64 else np.asarray(value, np.float32), name)
         for name, value in values.items()
     ]
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])
     edges = helper.make_tensor_value_info("edge_probability", TensorProto.FLOAT, ["batch", "height", "width"])
-    graph = helper.make_graph(nodes, "g", [image], [edges], constants)
+    graph = helper.make_graph([*begin, *nodes, *end], "g", [image], [edges], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
@@ -38,19 +48,14 @@ def network(fragile: float, channels: int = 20) -> onnx.ModelProto:
     """
     rng = np.random.default_rng(0)
     values: dict[str, Any] = {
-        "scale": np.float32(1 / 127.5),
         "one": np.float32(1),
         "huge": np.array([1, 1, fragile], np.float32).reshape(1, 3, 1, 1),
         "w1": rng.normal(size=(channels, 3, 3, 3)) * np.geomspace(0.01, 1, channels).reshape(-1, 1, 1, 1) / 3,
         "b1": rng.normal(size=channels) * 0.1,
         "w2": rng.normal(1, 1, (1, channels, 1, 1)) * np.linspace(0.5, 1.5, 16).reshape(-1, 1, 1, 1),
         "w3": np.array([2.0, -2.0, 0.0]).reshape(1, 3, 1, 1) * np.linspace(1.5, 0.5, 16).reshape(-1, 1, 1, 1),
-        "axis": np.array([1], np.int64),
     }
     nodes = [
-        helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["float"], ["nchw"], "transpose", perm=[0, 3, 1, 2]),
-        helper.make_node("Mul", ["nchw", "scale"], ["scaled"], "mul"),
         helper.make_node("Sub", ["scaled", "one"], ["pixels"], "sub"),
         helper.make_node("Conv", ["pixels", "w1", "b1"], ["c1"], "first", pads=[1, 1, 1, 1]),
         helper.make_node("Sigmoid", ["c1"], ["s1"], "sigmoid1"),
@@ -59,8 +64,6 @@ def network(fragile: float, channels: int = 20) -> onnx.ModelProto:
         helper.make_node("Mul", ["pixels", "huge"], ["spread"], "spread"),
         helper.make_node("Conv", ["spread", "w3"], ["c3"], "fragile"),
         helper.make_node("Add", ["c2", "c3"], ["sum"], "add"),
-        helper.make_node("ReduceMean", ["sum", "axis"], ["logits"], "mean", keepdims=0),
-        helper.make_node("Sigmoid", ["logits"], ["edge_probability"], "sigmoid2"),
     ]
     return engine_of(nodes, values)
 
@@ -69,25 +72,18 @@ def residual_network() -> onnx.ModelProto:
     """A narrow filter of 3 channels, then three wide convolutions with a Relu and a way around between them."""
     rng = np.random.default_rng(0)
     values: dict[str, Any] = {
-        "scale": np.float32(1 / 127.5),
         "filter": rng.normal(size=(3, 3, 1, 1)),
         "w1": rng.normal(size=(16, 3, 3, 3)) / 5,
         "w2": rng.normal(size=(16, 1, 5, 5)) / 5,
         "w3": rng.normal(size=(16, 16, 1, 1)) / 4,
-        "axis": np.array([1], np.int64),
     }
     nodes = [
-        helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["float"], ["nchw"], "transpose", perm=[0, 3, 1, 2]),
-        helper.make_node("Mul", ["nchw", "scale"], ["pixels"], "mul"),
-        helper.make_node("Conv", ["pixels", "filter"], ["filtered"], "narrow"),
+        helper.make_node("Conv", ["scaled", "filter"], ["filtered"], "narrow"),
         helper.make_node("Conv", ["filtered", "w1"], ["c1"], "first", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c1"], ["r1"], "relu"),
         helper.make_node("Conv", ["r1", "w2"], ["c2"], "depthwise", pads=[2, 2, 2, 2], group=16),
         helper.make_node("Conv", ["c2", "w3"], ["c3"], "last"),
         helper.make_node("Add", ["r1", "c3"], ["sum"], "add"),
-        helper.make_node("ReduceMean", ["sum", "axis"], ["logits"], "mean", keepdims=0),
-        helper.make_node("Sigmoid", ["logits"], ["edge_probability"], "sigmoid"),
     ]
     return engine_of(nodes, values)
 

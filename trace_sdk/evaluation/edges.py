@@ -204,6 +204,11 @@ def count_edges(
     return EdgeCounts(*np.array(rows[::-1], np.int64).T)
 
 
+def added_up(counts: Sequence[EdgeCounts]) -> EdgeCounts:
+    """The counts of a data set from those of its images, at least one."""
+    return sum(counts[1:], counts[0])
+
+
 def score_edges(counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, seconds: float | None = None) -> EdgeScores:
     """The scores of a data set from the counts of its images (at least one, all at the same thresholds).
 
@@ -212,15 +217,11 @@ def score_edges(counts: Sequence[EdgeCounts], max_dist: float = MAX_DIST, second
     """
     if len({len(c.predicted) for c in counts}) != 1:
         raise ArgumentError("Scores need the counts of at least one image, all at the same number of thresholds.")
-    total = counts[0]
-    for image in counts[1:]:
-        total = total + image
+    total = added_up(counts)
     values = threshold_values(len(total.predicted)).astype(np.float64)
     ods, threshold, recall, precision = best_f(values, total.recall, total.precision)
     own_best = [image.at(int(np.argmax(harmonic_mean(image.precision, image.recall)))) for image in counts]
-    best = own_best[0]
-    for image in own_best[1:]:
-        best = best + image
+    best = added_up(own_best)
     return EdgeScores(
         ods=ods,
         ois=float(harmonic_mean(best.precision, best.recall)[0]),

@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_sdk.evaluation.edges import THRESHOLDS, count_edges, harmonic_mean, threshold_values
+from trace_sdk.evaluation.edges import THRESHOLDS, added_up, count_edges, harmonic_mean
 from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.teacher.pseudo_labels import EDGE
 
-STEPS = 99
 AS_GOOD = 0.99  # of the best F-measure on scenes
 
 
@@ -36,7 +35,7 @@ def calibrate_threshold(student: AnyStudent, images: LabelledImages, size: int, 
 def best_threshold(probability: Tensor, truth: Tensor) -> tuple[float, float]:
     """k/100 that gives the best F-measure of `probability ≥ k/100` against bool `truth`, both [n]; and it."""
     best, found = -1.0, 0.5
-    for k in range(1, STEPS + 1):
+    for k in range(1, THRESHOLDS + 1):
         predicted = probability >= k / 100
         overlap = float((predicted & truth).sum())
         f_measure = 2 * overlap / max(1.0, float(predicted.sum() + truth.sum()))
@@ -45,27 +44,25 @@ def best_threshold(probability: Tensor, truth: Tensor) -> tuple[float, float]:
     return found, best
 
 
-def threshold_on_scenes(probability: Tensor, ridges: Tensor, known: Tensor) -> float:
+def threshold_on_scenes(probability: Tensor, outline: Tensor, known: Tensor) -> float:
     """The lowest k/100 with 0.99 of the best F-measure on composed scenes, as `trace-sdk evaluate` counts it.
 
     Thinned, within its tolerance: over a wide range that F-measure is the same, and the edges of photos are weaker than
     those of what was pasted, so the low end of the range suits both.
 
     Args:
-        probability: float [N, S, S] in [0, 1]. ridges: float [N, S, S], 1 on the outlines of what was pasted.
+        probability: float [N, S, S] in [0, 1]. outline: bool [N, S, S], on and beside those of what was pasted.
         known: bool [N, S, S], where it is known whether there is an edge.
     """
     from skimage.morphology import thin
 
     counts = []
-    for edges, ridge, judged in zip(*(part.cpu().numpy() for part in (probability, ridges, known)), strict=True):
-        line = thin(ridge > 0.5)  # type: ignore[no-untyped-call]
+    for edges, band, judged in zip(*(part.cpu().numpy() for part in (probability, outline, known)), strict=True):
+        line = thin(band)  # type: ignore[no-untyped-call]
         counts.append(count_edges(np.where(judged, thin_ridges(edges), np.float32(0)), [line]))
-    total = counts[0]
-    for scene in counts[1:]:
-        total = total + scene
+    total = added_up(counts)
     f_measures = harmonic_mean(total.precision, total.recall)
-    return float(round(threshold_values(THRESHOLDS)[np.argmax(f_measures >= AS_GOOD * f_measures.max())].item(), 2))
+    return (int(np.argmax(f_measures >= AS_GOOD * f_measures.max())) + 1) / 100
 
 
 def rise_to_mean(logits: Tensor, mean: float) -> float:

@@ -190,7 +190,7 @@ class _Trainer:
 
     @torch.inference_mode()
     def calibrate(self, batches: int = 6) -> float:
-        """Make the average as sure of photos as the student was, and find the threshold of its best F-measure.
+        """Make the average as sure of photos as the student was, and find its threshold, see `threshold_on_scenes`.
 
         Where nothing was pasted it learnt a share of the edges it had, which sets outlines apart: all log-odds are
         raised alike until those pixels have the mean probability that they had. Both on scenes that were not learnt
@@ -208,7 +208,7 @@ class _Trainer:
         (average.decoder if isinstance(average, Student) else average).raise_logits(rise)  # type: ignore[operator]
         outline = ridges > 0.5
         known = outline | (before.sigmoid() < self.student.threshold)
-        return threshold_on_scenes((logits + rise).sigmoid(), ridges, known)
+        return threshold_on_scenes((logits + rise).sigmoid(), outline, known)
 
     def save(self, file: Path) -> None:
         self.training.save(file, self.step, self.record)
