@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ PROCESSES = """
 import os, sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
@@ -134,12 +136,8 @@ def test_parts_of_a_batch_weigh_as_many_crops_as_they_have(
         distill(PixelBackbone.load(backbone), images, tmp_path / "x", replace(SHORT, accumulate=5))
 
 
-class Cut(Exception):
-    """Stands for a kill."""
-
-
 def test_the_best_student_by_held_out_score_survives_a_cut(
-    backbone: Path, images: LabelledImages, tmp_path: Path
+    backbone: Path, images: LabelledImages, tmp_path: Path, killed_at: Any
 ) -> None:
     learnt, held_out = images.split(0.5)
     settings = replace(SHORT, steps=4, validate_every=2, learning_rate=0.5, lora_from=0.25)
@@ -147,13 +145,9 @@ def test_the_best_student_by_held_out_score_survives_a_cut(
     def run(out: str, **more: object) -> Student:
         return distill(PixelBackbone.load(backbone), learnt, tmp_path / out, settings, held_out=held_out, **more)
 
-    def kill(step: int, _: object) -> None:
-        if step == 3:
-            raise Cut
-
     student = run("whole")
-    with pytest.raises(Cut):
-        run("cut", save_seconds=0, report=kill)
+    with killed_at(3) as report:
+        run("cut", save_seconds=0, report=report)
     run("cut")
     assert (tmp_path / "whole/curves.csv").read_text() == (tmp_path / "cut/curves.csv").read_text()
     assert same(tmp_path / "whole", tmp_path / "cut")

@@ -379,6 +379,13 @@ def test_what_is_wrong_is_one_line(
     assert end.value.code == 1 and said.startswith("error: ") and fragment in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["compose_scenes", "sample_photos"])
+def test_fewer_than_one(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_script(monkeypatch, name, "in", "out", "--count", -1)
+    assert end.value.code == 2 and "--count must be at least 1, got -1" in capsys.readouterr().err
+
+
 def test_the_mean_of_two_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from trace_sdk.student.nano import NanoStudent
 

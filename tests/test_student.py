@@ -143,6 +143,8 @@ def test_cut_distillation_ends_with_the_same_student(
     assert changed and all(any(part in name for part in ("to_q", "to_k", "to_v")) for name in changed)
     with pytest.raises(ArgumentError, match="lora_rank=4"):
         distill(PixelBackbone.load(tmp_path / "backbone"), images, tmp_path / "cut", DistillSettings(lora_rank=8))
+    with pytest.raises(ArgumentError, match=r"of a run with backbone=[0-9a-f]{64}, now"):
+        distill(PixelBackbone.load(tmp_path / "whole/backbone"), images, tmp_path / "cut", settings)
 
 
 def test_kept_features_change_nothing(

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--ids", action="store_true", help="also NAME.ids.png, for evaluation only")
     options = parser.parse_args()
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, got {options.count}")
     cutouts = load_cutouts(options.parts / "cutouts")
     backgrounds = list_photos([options.parts / "backgrounds"])
     make_folder(options.out)

@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, got {options.count}")
     make_folder(options.out)
     for file in sample(list_photos([options.photos]), options.count, options.seed):
         shutil.copy(file, options.out / file.name)

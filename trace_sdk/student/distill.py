@@ -175,6 +175,7 @@ class _Trainer:
             )
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, device, 0
+        self.record = asdict(settings) | {"backbone": backbone.identity}
         self.out, self.held_out, self.best_score = out, held_out, -1.0
         self.student = Student(backbone, blocks=settings.blocks)
         self.student.add_lora(settings.lora_rank)
@@ -288,13 +289,11 @@ class _Trainer:
                 value.copy_(tensors[f"lora.{index}"])
 
     def save(self, file: Path) -> None:
-        save_state(
-            file, self.weights() | optimizer_tensors(self.optimizer, "optimizer"), self.step, asdict(self.settings)
-        )
+        save_state(file, self.weights() | optimizer_tensors(self.optimizer, "optimizer"), self.step, self.record)
 
     def restore(self, file: Path) -> None:
-        tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("lora_rank", "blocks", "batches", "seed"))
+        tensors, step, before = load_state(file)
+        check_same_run(file, before, self.record, ("lora_rank", "blocks", "batches", "seed", "backbone"))
         try:
             self.put(tensors)
             restore_optimizer(self.optimizer, "optimizer", tensors)

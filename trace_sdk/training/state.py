@@ -48,7 +48,9 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
 def check_same_run(file: Path, before: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...]) -> None:
     """Raise ArgumentError if a setting that a resumed run must keep differs from the stored one."""
     if not set(fixed) <= before.keys():
-        raise ArgumentError(f"{file} is of another kind of training. Give another folder (-o).")
+        raise ArgumentError(
+            f"{file} is of another kind of training, or of an earlier trace-sdk. Give another folder (-o)."
+        )
     for name in fixed:
         if before[name] != json.loads(json.dumps(now[name])):
             raise ArgumentError(
