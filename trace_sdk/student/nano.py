@@ -64,6 +64,7 @@ class NanoStudent(nn.Module):
         self.head = nn.Conv2d(WIDTHS[0], 4, 3, padding=1)
         for value in self.head.parameters():
             nn.init.zeros_(value)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # learns a third faster on a CPU
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Edge logits [B, H, W] at this one size, and those of the coarser scales, [B, h, w] from 1/32 to 1/4."""
