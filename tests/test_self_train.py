@@ -22,6 +22,7 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.cutouts import cut_out
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
+from trace_sdk.student import own_scenes
 from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
 from trace_sdk.student.model import Student
@@ -133,6 +134,41 @@ def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path
     assert 0.3 < greenish / (red + greenish + blue) < 0.7
 
 
+def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A green disc was cut out of the one photo; the red disc and the blue bar are of others."""
+    for name, share in (("SHAPES", 0.0), ("AT_HOME", 1.0), ("BLURRED", 0.0), ("JPEG", 0.0)):
+        monkeypatch.setattr(own_scenes, name, share)
+    photos, green = tmp_path / "photos", tmp_path / "green"
+    for folder in (photos, green):
+        folder.mkdir()
+    Image.new("RGB", (160, 140), (128, 128, 128)).save(photos / "a-photo.png")
+    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
+    disc[..., :3] = (20, 220, 20)
+    Image.fromarray(disc, "RGBA").save(green / "a-photo-3.png")
+
+    def things(name: str) -> Tensor:
+        (green / "a-photo-3.png").rename(green / name)
+        images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
+        (green / name).rename(green / "a-photo-3.png")
+        return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)[inside]
+
+    assert (things("a-photo-3.png").argmax(1) == 1).all(), "none but its own"
+    assert things("a-photo-3.png").median(0).values.tolist() == [20, 220, 20]
+    assert (things("b-photo-3.png").argmax(1) != 1).any(), "of another photo: drawn from all"
+
+
+def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_scenes, "BLURRED", 0.0)
+
+    def untouched(share: float) -> float:
+        monkeypatch.setattr(own_scenes, "JPEG", share)
+        images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
+        grounds = [image[:, ground] for image, ground in zip(images, (ridges == 0) & ~inside, strict=True)]
+        return float(torch.cat([(x == x.median(1, keepdim=True).values).all(0) for x in grounds]).float().mean())
+
+    assert untouched(0.0) > untouched(1.0) + 0.05, "ringing beside what was pasted"
+
+
 def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
     plain: Path, cutouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,14 +179,18 @@ def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
         return F.mse_loss(logits, target)
 
     monkeypatch.setattr(F, "binary_cross_entropy_with_logits", loss)
+    monkeypatch.setattr("trace_sdk.student.self_train.change_light", lambda images, _: images)
     scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
-    self_train(NanoStudent(0.4).eval(), scenes, tmp_path, replace(SHORT, steps=1))
-    target, (_, ridges, inside) = targets[0], scenes.batch(0, SHORT.crops, SHORT.size)
-    flat = ridges == 0
-    assert (target[ridges == 1] == 1).all()
-    # A new student answers with the gradient's odds, which are alike wherever nothing is to be seen.
-    assert target[flat & ~inside].median() == pytest.approx(4 * float(target[flat & inside].median()), rel=0.3)
+    student = NanoStudent(0.4).eval()
+    images, ridges, inside = scenes.batch(0, SHORT.crops, SHORT.size)
+    with torch.no_grad():
+        before = student(images)[0].sigmoid()
+    self_train(student, scenes, tmp_path, replace(SHORT, steps=1))
+    believed, flat = targets[0] / before, ridges == 0
+    assert (targets[0][ridges == 1] == 1).all()
+    for where, share in ((inside, 0.1), (~inside, 0.4)):
+        assert believed[flat & where].numpy() == pytest.approx(share, rel=1e-3)
 
 
 def test_of_thresholds_as_good_it_is_the_lowest() -> None:

@@ -27,7 +27,14 @@ class Scene:
     ids: NDArray[np.uint8]
 
 
-def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RGB, enlarged: float = inf) -> Scene:
+def compose(
+    rng: np.random.Generator,
+    cutouts: list[Image.Image],
+    background: RGB,
+    enlarged: float = inf,
+    *,
+    own_light: bool = True,
+) -> Scene:
     """Lay one to seven instances of RGBA cut-outs over `background` uint8 [S, S, 3].
 
     Half of the scenes show several instances of one object side by side, the case that edges must tell apart
@@ -35,9 +42,12 @@ def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RG
 
     Args:
         enlarged: how many times as large as they are cut-outs may be shown: above 1 blur gives them away.
+        own_light: each instance in a light of its own; else all in that of the background.
     """
     size = background.shape[0]
-    canvas = jitter(rng, background.astype(np.float32))
+    canvas = background.astype(np.float32)
+    if own_light:
+        canvas = jitter(rng, canvas)
     ids = np.zeros((size, size), np.uint8)
     same = rng.random() < 0.5
     count = int(rng.integers(2, 6)) if same else int(rng.integers(1, MOST + 1))
@@ -54,7 +64,7 @@ def compose(rng: np.random.Generator, cutouts: list[Image.Image], background: RG
             place = rng.uniform(0.1, 0.9, 2) * size
             cutout = cutouts[rng.integers(len(cutouts))]
             sprite = _pose(rng, cutout, min(size * rng.uniform(0.2, 0.65), enlarged * max(cutout.size)), tilt=20)
-        _paste(rng, canvas, ids, sprite, place, number)
+        _paste(rng, canvas, ids, sprite, place, number, own_light)
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), ids)
 
 
@@ -83,11 +93,12 @@ def _paste(
     sprite: Image.Image,
     centre: NDArray[np.float64],
     number: int,
+    own_light: bool,
 ) -> None:
     """Shadow first, then the sprite; both cut at the canvas's border."""
     pixels = np.asarray(sprite, np.float32)
     alpha = pixels[..., 3] / 255
-    colour = np.clip(jitter(rng, pixels[..., :3]), 0, 255)
+    colour = np.clip(jitter(rng, pixels[..., :3]), 0, 255) if own_light else pixels[..., :3]
     top, left = round(centre[1] - alpha.shape[0] / 2), round(centre[0] - alpha.shape[1] / 2)
     if rng.random() < 0.6:
         blur = max(alpha.shape) * 0.04

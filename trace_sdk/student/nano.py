@@ -24,15 +24,17 @@ from trace_sdk.student.colour_gradient import ColourGradient
 
 WIDTHS = (16, 32, 64, 96, 128)  # channels at 1/2, 1/4 … 1/32 of the image's size
 DEPTHS = (0, 1, 2, 4, 4)  # residual blocks at each
-SMALLER = (2, 4)  # an answer is the mean over the image at its size, at a half and at a quarter
+# An answer is the mean over the image at its size, at a half and at a quarter, each counting as it has pixels a side.
+SMALLER = (2, 4)
 
 
 class NanoStudent(nn.Module):
     """Images float [B, 3, H, W] in [−1, 1], sides multiples of 32 → edge logits [B, H, W].
 
     An encoder from 1/2 to 1/32 of the size and back up, with an output at every scale on the way: the coarse ones
-    are learnt from too, and only the finest is used. It learns on crops at one size and answers with the mean of the
-    log-odds over an image pyramid: in a smaller picture less is texture. No layer takes statistics over the image.
+    are learnt from too, and only the finest is used. It learns on crops at one size and answers with a mean of the
+    log-odds over an image pyramid: in a smaller picture less is texture, and less is to be seen. No layer takes
+    statistics over the image.
 
     Args:
         threshold: probability above which a pixel counts as edge, calibrated by `distill_nano`.
@@ -84,12 +86,13 @@ class NanoStudent(nn.Module):
         return logits.squeeze(1), coarse
 
     def logits(self, images: Tensor) -> Tensor:
-        """The answer: edge logits [B, H, W], the mean over the image pyramid."""
-        answers = [self(images)[0][:, None]]
+        """The answer: edge logits [B, H, W], the weighted mean over the image pyramid."""
+        whole = 1 + sum(1 / smaller for smaller in SMALLER)
+        answer = self(images)[0][:, None] / whole
         for smaller in SMALLER:
-            logits = self(F.avg_pool2d(images, smaller))[0][:, None]
-            answers.append(F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False))
-        return torch.cat(answers, 1).mean(1)
+            logits = self(F.avg_pool2d(images, smaller))[0][:, None] / (smaller * whole)
+            answer = answer + F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        return answer[:, 0]
 
     @torch.no_grad()
     def raise_logits(self, by: float) -> None:

@@ -7,6 +7,7 @@ of photos; where they were pasted is known to the pixel, whatever was cut out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,11 @@ from trace_sdk.pretraining.training_images import list_photos, load_cutouts, ope
 
 SHAPES = 0.3  # share of scenes of random shapes
 ENLARGED = 1.1  # times as large as they are photos and cut-outs are shown at most, so that all is as sharp
+AT_HOME = 0.5  # share of the other scenes whose cut-outs are of the photo they are pasted over, in its light
 BLURRED = 0.5  # share of scenes that are blurred
 BLUR = (0.3, 1.0)  # σ, pixels: photos out of focus, or seen larger than they are
+JPEG = 0.5  # share of scenes that were a JPEG file: what was pasted and what was there get the same artefacts
+QUALITY = (40, 96)  # of these files
 RIM = 1.0  # σ of the outline's ridge, pixels
 PEAK = 0.4  # about 1/√(2π): what that Gaussian leaves of a straight line, a pixel wide
 NEARER = 0.9  # of the way from a shape's mean colour to the background's, at most
@@ -46,10 +50,13 @@ class Scenes(NamedTuple):
 class OwnScenes:
     """Scenes of own cut-outs over photos, each batch a function of (seed, step) alone.
 
-    Every folder counts the same, however many pictures it has: a few varied photos are not lost among many alike.
+    Every folder counts the same, however many pictures it has: a few varied photos are not lost among many alike. Half
+    of the photos whose cut-outs are among those given get these back, in another place, in their own light: as sharp
+    and as noisy as what is around them, and beside their like.
 
     Args:
-        photos: folders of photos, backgrounds and material of shapes. cutouts: folders of RGBA cut-outs.
+        photos: folders of photos, backgrounds and material of shapes. cutouts: folders of RGBA cut-outs; PHOTO-1.png is
+            of the photo of that name, as `trace-sdk cutouts` writes it.
 
     Raises:
         DatasetError: no photos or cut-outs, or one cannot be read.
@@ -58,6 +65,10 @@ class OwnScenes:
     def __init__(self, photos: Sequence[Path], cutouts: Sequence[Path], seed: int) -> None:
         self._photos = [list_photos([folder]) for folder in photos]
         self._cutouts = [load_cutouts(folder) for folder in cutouts]
+        self._of_photo: dict[str, list[Image.Image]] = {}
+        for folder, images in zip(cutouts, self._cutouts, strict=True):
+            for file, image in zip(list_photos([folder]), images, strict=True):
+                self._of_photo.setdefault(file.stem.rpartition("-")[0], []).append(image)
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> Scenes:
@@ -71,9 +82,17 @@ class OwnScenes:
         self, rng: np.random.Generator, size: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         whole = size + MARGIN
-        background = self._crop(rng, whole)
-        cutouts = self._shapes(rng, background) if rng.random() < SHAPES else self._drawn(rng)
-        scene = compose(rng, cutouts, background, ENLARGED)
+        photo = self._photo(rng)
+        background = random_crop(rng, open_photo(photo), whole, ENLARGED)
+        own = self._of_photo.get(photo.stem, [])
+        at_home = False
+        if rng.random() < SHAPES:
+            cutouts = self._shapes(rng, background)
+        elif rng.random() < AT_HOME and own:
+            cutouts, at_home = own, True
+        else:
+            cutouts = self._drawn(rng)
+        scene = compose(rng, cutouts, background, ENLARGED, own_light=not at_home)
         ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / PEAK, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
         seen = np.s_[top : top + size, left : left + size]
@@ -81,6 +100,8 @@ class OwnScenes:
         if rng.random() < BLURRED:
             sigma = rng.uniform(*BLUR)
             rgb = gaussian_filter(rgb, (sigma, sigma, 0))
+        if rng.random() < JPEG:
+            rgb = _as_jpeg(rgb, int(rng.integers(*QUALITY)))
         return rgb, ridge[seen], scene.ids[seen] > 0
 
     def _drawn(self, rng: np.random.Generator) -> list[Image.Image]:
@@ -98,5 +119,15 @@ class OwnScenes:
         return shapes
 
     def _crop(self, rng: np.random.Generator, size: int) -> RGB:
+        return random_crop(rng, open_photo(self._photo(rng)), size, ENLARGED)
+
+    def _photo(self, rng: np.random.Generator) -> Path:
         folder = self._photos[rng.integers(len(self._photos))]
-        return random_crop(rng, open_photo(folder[rng.integers(len(folder))]), size, ENLARGED)
+        return folder[rng.integers(len(folder))]
+
+
+def _as_jpeg(rgb: NDArray[np.float32], quality: int) -> NDArray[np.float32]:
+    """What a JPEG file keeps of an image [S, S, 3], values 0–255."""
+    file = BytesIO()
+    Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file), np.float32)
