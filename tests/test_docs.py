@@ -6,12 +6,15 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
@@ -157,3 +160,16 @@ def test_pictures_can_be_made(tiny_backbone: PixelBackbone, tiny_engine: Path, p
     assert made == shown
     about = json.loads((tmp_path / "pictures/made-with.json").read_text())
     assert about["teacher"]["size"] == 64 and about["student"]["engine"] == "tiny"
+
+
+def test_pictures_of_self_training_can_be_made(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "pictures"
+    for folder in (photos, out):
+        folder.mkdir()
+    shutil.copy(ROOT / "examples/photos/eggs.jpg", photos)
+    subprocess.run([sys.executable, f"{ROOT}/docs/draw_own_scenes.py", photos, "-o", out], check=True, timeout=120)
+    assert {file.name for file in out.iterdir()} == {"cutouts.png", "own-scenes.jpg"}
+    cutouts, scenes = (np.asarray(Image.open(out / name).convert("L")) for name in ("cutouts.png", "own-scenes.jpg"))
+    assert cutouts.shape == (92, 11 * 92) and (cutouts < 200).mean() > 0.1
+    asked = scenes[scenes.shape[0] // 4 : scenes.shape[0] // 2]  # the second of four strips
+    assert 0.01 < (asked < 100).mean() < 0.2 and (asked > 240).mean() > 0.7
