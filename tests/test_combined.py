@@ -53,7 +53,7 @@ def test_log_odds_are_averaged(share: float, parts: tuple[Path, Path], tmp_path:
     attending = torch.nn.functional.interpolate(
         Student.load(parts[0]).logits(half)[:, None], (128, 192), mode="bilinear"
     )
-    expected = (1 - share) * attending[:, 0] + share * NanoStudent.load(parts[1]).logits(images)
+    expected = (1 - share) * attending[:, 0] + share * NanoStudent.load(parts[1]).logits(images, (1, 1, 1))
     assert torch.allclose(student.logits(images), expected, atol=1e-4)
     odds = (1 - share) * math.log(0.2 / 0.8) + share * math.log(0.5 / 0.5)
     assert student.threshold == pytest.approx(1 / (1 + math.exp(-odds)))

@@ -19,6 +19,7 @@ from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
 
 SMALLER = 2  # the backbone, whose cost grows with the square of the pixels, sees the image at half its size
+ALIKE = (1, 1, 1)  # weights of the image pyramid: at this larger size its half shows as much as its whole
 SHARE = 0.7  # of the convolutional student in the answer, unless told otherwise
 
 
@@ -73,7 +74,7 @@ class CombinedStudent(nn.Module):
         """The edge logits, [B, H, W]."""
         smaller = self.attending.logits(F.avg_pool2d(images, SMALLER), share_softmax=share_softmax)[:, None]
         attending = F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        return torch.lerp(attending, self.looking.logits(images), self.share)
+        return torch.lerp(attending, self.looking.logits(images, ALIKE), self.share)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `attending/`, `looking/` and `student.json`."""

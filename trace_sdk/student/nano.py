@@ -24,8 +24,8 @@ from trace_sdk.student.colour_gradient import ColourGradient
 
 WIDTHS = (16, 32, 64, 96, 128)  # channels at 1/2, 1/4 … 1/32 of the image's size
 DEPTHS = (0, 1, 2, 4, 4)  # residual blocks at each
-# An answer is the mean over the image at its size, at a half and at a quarter, each counting as it has pixels a side.
-SMALLER = (2, 4)
+SMALLER = (2, 4)  # an answer is a mean over the image at its size, at a half and at a quarter
+BY_SIDE = (4, 2, 1)  # how much each counts: as it has pixels a side
 
 
 class NanoStudent(nn.Module):
@@ -85,12 +85,12 @@ class NanoStudent(nn.Module):
         logits = start + F.pixel_shuffle(self.head(x), 2)
         return logits.squeeze(1), coarse
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor, weights: tuple[float, float, float] = BY_SIDE) -> Tensor:
         """The answer: edge logits [B, H, W], the weighted mean over the image pyramid."""
-        whole = 1 + sum(1 / smaller for smaller in SMALLER)
-        answer = self(images)[0][:, None] / whole
-        for smaller in SMALLER:
-            logits = self(F.avg_pool2d(images, smaller))[0][:, None] / (smaller * whole)
+        first, *others = (sum(weights) / weight for weight in weights)
+        answer = self(images)[0][:, None] / first
+        for smaller, part in zip(SMALLER, others, strict=True):
+            logits = self(F.avg_pool2d(images, smaller))[0][:, None] / part
             answer = answer + F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
         return answer[:, 0]
 
