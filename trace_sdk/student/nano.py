@@ -88,7 +88,7 @@ class NanoStudent(nn.Module):
     def logits(self, images: Tensor, weights: tuple[float, float, float] = BY_SIDE) -> Tensor:
         """The answer: edge logits [B, H, W], the weighted mean over the image pyramid."""
         first, *others = (sum(weights) / weight for weight in weights)
-        answer = self(images)[0][:, None] / first
+        answer: Tensor = self(images)[0][:, None] / first
         for smaller, part in zip(SMALLER, others, strict=True):
             logits = self(F.avg_pool2d(images, smaller))[0][:, None] / part
             answer = answer + F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
