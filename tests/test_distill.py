@@ -60,7 +60,6 @@ PROCESSES = """
 import os, sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages

@@ -61,6 +61,13 @@ def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def green_disc(cutouts: Path) -> Image.Image:
+    """As the red one."""
+    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
+    disc[..., :3] = (20, 220, 20)
+    return Image.fromarray(disc, "RGBA")
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos without any edge: what differs in a scene was pasted."""
@@ -122,10 +129,8 @@ def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path
         for number in range(count):
             Image.new("RGB", (160, 140), (light, light, light)).save(folder / f"{number}.png")
     green.mkdir()
-    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
-    disc[..., :3] = (20, 220, 20)
     for number in range(30):
-        Image.fromarray(disc, "RGBA").save(green / f"{number}.png")
+        green_disc(cutouts).save(green / f"{number}.png")
     images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
     ground = torch.stack([image.mean(0)[~own].median() for image, own in zip(images, inside, strict=True)])
     assert 20 <= int((ground > 0).sum()) <= 40
@@ -138,23 +143,21 @@ def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, mo
     """A green disc was cut out of the one photo; the red disc and the blue bar are of others."""
     for name, share in (("SHAPES", 0.0), ("AT_HOME", 1.0), ("BLURRED", 0.0), ("JPEG", 0.0)):
         monkeypatch.setattr(own_scenes, name, share)
-    photos, green = tmp_path / "photos", tmp_path / "green"
-    for folder in (photos, green):
-        folder.mkdir()
+    photos = tmp_path / "photos"
+    photos.mkdir()
     Image.new("RGB", (160, 140), (128, 128, 128)).save(photos / "a-photo.png")
-    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
-    disc[..., :3] = (20, 220, 20)
-    Image.fromarray(disc, "RGBA").save(green / "a-photo-3.png")
 
     def things(name: str) -> Tensor:
-        (green / "a-photo-3.png").rename(green / name)
+        green = tmp_path / name
+        green.mkdir()
+        green_disc(cutouts).save(green / f"{name}.png")
         images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
-        (green / name).rename(green / "a-photo-3.png")
         return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)[inside]
 
-    assert (things("a-photo-3.png").argmax(1) == 1).all(), "none but its own"
-    assert things("a-photo-3.png").median(0).values.tolist() == [20, 220, 20]
-    assert (things("b-photo-3.png").argmax(1) != 1).any(), "of another photo: drawn from all"
+    own = things("a-photo-3")
+    assert (own.argmax(1) == 1).all(), "none but its own"
+    assert own.median(0).values.tolist() == [20, 220, 20]
+    assert (things("b-photo-3").argmax(1) != 1).any(), "of another photo: drawn from all"
 
 
 def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    cutouts = load_cutouts(options.parts / "cutouts")
+    cutouts = list(load_cutouts(options.parts / "cutouts").values())
     backgrounds = list_photos([options.parts / "backgrounds"])
     make_folder(options.out)
     for number in range(options.count):

@@ -45,10 +45,11 @@ def random_crop(rng: np.random.Generator, photo: Image.Image, size: int, enlarge
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
 
 
-def load_cutouts(folder: Path) -> list[Image.Image]:
+def load_cutouts(folder: Path) -> dict[Path, Image.Image]:
     """A folder of RGBA cut-outs, with straight alpha. Raises DatasetError if one has no transparency."""
+    files = list_photos([folder])
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(open_cutout, list_photos([folder])))
+        return dict(zip(files, pool.map(open_cutout, files), strict=True))
 
 
 def open_cutout(file: Path) -> Image.Image:
@@ -81,7 +82,7 @@ class TrainingImages:
 
     def __init__(self, photos: list[Path], cutouts: Path | None, backgrounds: Path | None, seed: int) -> None:
         self._photos = list_photos(photos)
-        self._cutouts = load_cutouts(cutouts) if cutouts else []
+        self._cutouts = list(load_cutouts(cutouts).values()) if cutouts else []
         self._backgrounds = list_photos([backgrounds]) if backgrounds else self._photos
         self._seed = seed
 

@@ -86,7 +86,11 @@ class NanoStudent(nn.Module):
         return logits.squeeze(1), coarse
 
     def logits(self, images: Tensor, weights: tuple[float, float, float] = BY_SIDE) -> Tensor:
-        """The answer: edge logits [B, H, W], the weighted mean over the image pyramid."""
+        """The answer: edge logits [B, H, W], the mean over the image pyramid.
+
+        Args:
+            weights: how much the image at its size, at a half and at a quarter count, in any unit.
+        """
         first, *others = (sum(weights) / weight for weight in weights)
         answer: Tensor = self(images)[0][:, None] / first
         for smaller, part in zip(SMALLER, others, strict=True):

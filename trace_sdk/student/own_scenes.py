@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +65,11 @@ class OwnScenes:
 
     def __init__(self, photos: Sequence[Path], cutouts: Sequence[Path], seed: int) -> None:
         self._photos = [list_photos([folder]) for folder in photos]
-        self._cutouts = [load_cutouts(folder) for folder in cutouts]
+        loaded = [load_cutouts(folder) for folder in cutouts]
+        self._cutouts = [list(images.values()) for images in loaded]
         self._of_photo: dict[str, list[Image.Image]] = {}
-        for folder, images in zip(cutouts, self._cutouts, strict=True):
-            for file, image in zip(list_photos([folder]), images, strict=True):
-                self._of_photo.setdefault(file.stem.rpartition("-")[0], []).append(image)
+        for file, image in chain.from_iterable(images.items() for images in loaded):
+            self._of_photo.setdefault(file.stem.rpartition("-")[0], []).append(image)
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> Scenes:
