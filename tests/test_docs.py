@@ -46,6 +46,23 @@ def links(text: str) -> set[str]:
     return {link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)}
 
 
+def headings(text: str) -> set[str]:
+    """The anchors that a page offers: its headings as GitHub writes them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_anchors(page: Path, text: str) -> set[str]:
+    """Links to a heading, of this page or another, that is not there."""
+    found = {first or second for first, second in LINK.findall(FENCE.sub("", text))}
+    parts = [link.partition("#") for link in found if "#" in link and not re.match(r"[a-z]+:", link)]
+    return {
+        f"{file}#{anchor}"
+        for file, _, anchor in parts
+        if anchor not in headings(read(page.parent / file) if file else text)
+    }
+
+
 def command_lines(text: str) -> list[str]:
     """Each `trace-sdk …` line of the code blocks, continued lines joined, comments and pipes off."""
     blocks = [code for language, code in FENCE.findall(text) if language != "python"]
@@ -72,6 +89,11 @@ def check_command(line: str) -> None:
 def test_links_and_pictures_exist(page: Path) -> None:
     missing = {file for link in links(read(page)) if not (file := (page.parent / link).resolve()).exists()}
     assert not missing
+
+
+@each_page
+def test_headings_that_are_linked_to_exist(page: Path) -> None:
+    assert not broken_anchors(page, read(page))
 
 
 @each_page
@@ -142,6 +164,12 @@ def test_a_broken_link_is_noticed() -> None:
         "p/b.png",
         "c.png",
     }
+
+
+def test_a_broken_anchor_is_noticed() -> None:
+    text = "# The 2nd: what (and why)\n[a](#the-2nd-what-and-why) [b](#the-second)\n"
+    text += "[c](docs/method.md#notation) [d](docs/method.md#no)"
+    assert broken_anchors(ROOT / "README.md", text) == {"#the-second", "docs/method.md#no"}
 
 
 def test_pictures_are_small() -> None:

@@ -23,7 +23,7 @@ case $device in
     share=0.85
     ;;
   cuda)
-    # As run on an H200, 15 minutes in all: docs/method.md, "A larger backbone, on a GPU".
+    # As run on an H200, 15 minutes in all: docs/experiments.md, "A larger backbone, on a GPU".
     pretrain=(--layers 12 --heads 6 --tokens 131072 --size 256 --optimizer muon --learning-rate 1.5e-3 --warmup 100
       --ema 0.998 --steps 1800 --workers 15)
     scenes=1000 photos=1400
