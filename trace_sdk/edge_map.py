@@ -261,7 +261,7 @@ class EdgeMap:
             raise ArgumentError(f"bits={bits} with {suffix}: a .png has 8 or 16, other formats are float32.")
         with write_whole(target) as file:
             if suffix == ".png":
-                self._write_png(file, bits)
+                self.write_png(file, bits=bits)
             elif suffix == ".npy":
                 np.save(file, self.probability, allow_pickle=False)
             else:
@@ -275,7 +275,8 @@ class EdgeMap:
         kept = ("engine", "engine_sha256", "input_size", "network_size")
         return {"trace_sdk": __version__, **{key: self.info[key] for key in kept if key in self.info}}
 
-    def _write_png(self, file: IO[bytes], bits: int) -> None:
+    def write_png(self, file: IO[bytes], *, bits: int = 8) -> None:
+        """The probability as a grey PNG with `bits` 8 or 16, as `save` writes it, into an open binary file."""
         text = PngInfo()
         text.add_text("Software", f"trace-sdk {__version__}")
         text.add_text("trace_sdk", json.dumps(self.provenance()))
@@ -285,7 +286,7 @@ class EdgeMap:
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
-        self._write_png(file, bits=8)
+        self.write_png(file)
         return file.getvalue()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

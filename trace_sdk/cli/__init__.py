@@ -28,6 +28,7 @@ _VERBS = {
     "combine": "Make one student of two: with a backbone, and convolutional.",
     "export": "Turn a student into one engine file and check its answers against torch.",
     "benchmark": "Measure latency, throughput and memory of engines on this machine.",
+    "serve": "Answer photos with their edges over HTTP.",
     "deploy": "Write the folder that an inference server loads (Triton).",
     "evaluate": "Measure engines and baselines against human annotations, in one table.",
     "tables": "Make the paper's tables (1, 3, 6, figure 10) from the results of evaluate.",
