@@ -22,10 +22,10 @@ from pycocotools import mask as codec
 
 from trace_sdk.instances.boxed import Box, BoxedMask, union, widened
 from trace_sdk.instances.components import components
-from trace_sdk.instances.outlines import EVEN, SHARED, border_evidence, line_between
+from trace_sdk.instances.outlines import SHARED, border_evidence, line_between
 
 SAME = 0.5  # IoU above which two masks are one
-STEEP = 4.0  # how fast the log-likelihood of one thing to two falls with the evidence, from 0 at EVEN
+STEEP = 4.0  # how fast the log-likelihood of one thing to two falls with the evidence, from 0 where that is 0
 MOST = 2.0  # and how far one line may raise the share, or lower a score: none is proof
 PRIOR = (0.3, 8.0)  # pairs that are one thing, and that are two, before any is seen (a beta distribution)
 ROUNDS = 50  # of EM
@@ -84,13 +84,13 @@ def _doubted(masks: list[Candidate], pairs: Sequence[tuple[float, int, int]], li
 
 def _limit(evidence: NDArray[np.float64]) -> float:
     """Evidence of a border under which a pair is more likely one thing than two, given that of all pairs, [P]."""
-    ratio = np.sort(np.clip(STEEP * (EVEN - evidence), -MOST, MOST))  # sums are the same in any order of masks
+    ratio = np.sort(np.clip(-STEEP * evidence, -MOST, MOST))  # sums are the same in any order of masks
     one, two = PRIOR
     share = one / (one + two)
     for _ in range(ROUNDS):
         likely = 1 / (1 + np.exp(-ratio) * (1 - share) / share)
         share = (likely.sum() + one) / (len(evidence) + one + two)
-    return float(EVEN - np.log((1 - share) / share) / STEEP)
+    return float(-np.log((1 - share) / share) / STEEP)
 
 
 def _join_alike(masks: list[Candidate]) -> list[Candidate]:

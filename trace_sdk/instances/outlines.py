@@ -24,7 +24,6 @@ WIDER = 1.1  # log-odds of an outline moved outwards, above those of the old one
 NARROWER = 2.2  # and of one moved inwards
 FAR = 4.5  # and how much more where it moves further
 BETWEEN = 0.1  # how far a level lies from the inside to the outline under which a line is no border
-EVEN = -0.15  # evidence of a border that is as likely in one thing as between two
 SHARED = 0.5  # least length of a line between two masks, to the side of the smaller one
 STRIP = range(3, 9)  # beside a line, pixels
 QUIET = 0.05  # lower probabilities are as good as none
