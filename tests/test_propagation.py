@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as codec
+from scipy.ndimage import label
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError
@@ -366,6 +367,17 @@ def test_touching_things_in_one_mask_are_given_beside_it() -> None:
     areas = [np.count_nonzero(side) for side in sides]
     assert refined.scores[1] / refined.scores[2] == pytest.approx(areas[0] / areas[1])
     assert refined.scores.sum() == pytest.approx(0.8 * iou(whole, pair[0]), rel=0.01)
+
+
+def test_sides_are_whole() -> None:
+    """Pixels near the outline, in cells whose middle is outside, used to go to one of the sides wherever they were."""
+    large = np.ones((4, 4))
+    things = [np.kron(thing, large) > 0 for thing in DISCS]
+    (division,) = divisions([BoxedMask.of(things[0] | things[1])], np.kron(around(*DISCS), large).astype(np.float32))
+    assert division is not None
+    for side in division.sides:
+        _, parts = label(side.inside)
+        assert parts == 1 and max(iou(side.within(np.s_[0 : 4 * HEIGHT, 0 : 4 * WIDTH]), thing) for thing in things) > 0.95
 
 
 def test_one_thing_has_no_sides() -> None:

@@ -32,11 +32,10 @@ def command(host: str, port: int, engine: str | None, device: str, size: int | N
     The body is a photo's file, 64 MiB at most. It asks for no password: leave it on 127.0.0.1, or put a proxy in front.
     For GPUs that many clients share, see trace-sdk deploy triton.
     """
+    from trace_sdk.detector import EdgeDetector
     from trace_sdk.serving.http import EdgeServer, listen, serve
 
     with listen(host, port) as on:
-        from trace_sdk.detector import EdgeDetector
-
         with status("serve") as note:
             note("opening the engine")
             detector = EdgeDetector(engine, device=device, size=size)

@@ -103,7 +103,9 @@ def divisions(masks: Sequence[BoxedMask], probability: NDArray[np.float32]) -> l
         if chances[line] < LIKELY:
             continue
         mask, step = masks[place], steps[place]
-        cells = (inside[place] & sides[line].take(pieces[place]))[1:-1, 1:-1]
+        # A pixel near the outline whose cell is outside belongs where the nearest cell of the mask does.
+        nearest = distance_transform_edt(~inside[place], return_distances=False, return_indices=True)
+        cells = sides[line].take(pieces[place][tuple(nearest)])[1:-1, 1:-1]
         side = cells.repeat(step, axis=0).repeat(step, axis=1)[tuple(slice(length) for length in mask.inside.shape)]
         corner = mask.box[0].start, mask.box[1].start
         both = BoxedMask.of(mask.inside & side, corner), BoxedMask.of(mask.inside & ~side, corner)

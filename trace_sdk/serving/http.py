@@ -39,7 +39,7 @@ with needs_extra("serve", "An HTTP server needs"):
 
 MOST_BYTES = 64 << 20  # of a photo's file
 MOST_SECONDS = 30.0  # that a client may take to send it
-MOST_WAITING = 64  # photos in the house, the one in the engine included
+MOST_WAITING = 32  # photos in the house, the one in the engine included
 Number = TypeVar("Number", int, float)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # buckets of the histogram
 
