@@ -40,10 +40,16 @@ def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def links(text: str) -> set[str]:
-    """Relative links and pictures outside of code blocks, without anchors."""
+def relative_links(text: str) -> set[tuple[str, str]]:
+    """File, "" for the page itself, and anchor, "" without, of links and pictures outside of code blocks."""
     found = {first or second for first, second in LINK.findall(FENCE.sub("", text))}
-    return {link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)}
+    parts = (link.partition("#") for link in found if not re.match(r"[a-z]+:", link))
+    return {(file, anchor) for file, _, anchor in parts}
+
+
+def links(text: str) -> set[str]:
+    """The files that a page links to."""
+    return {file for file, _ in relative_links(text) if file}
 
 
 def headings(text: str) -> set[str]:
@@ -54,12 +60,10 @@ def headings(text: str) -> set[str]:
 
 def broken_anchors(page: Path, text: str) -> set[str]:
     """Links to a heading, of this page or another, that is not there."""
-    found = {first or second for first, second in LINK.findall(FENCE.sub("", text))}
-    parts = [link.partition("#") for link in found if "#" in link and not re.match(r"[a-z]+:", link)]
     return {
         f"{file}#{anchor}"
-        for file, _, anchor in parts
-        if anchor not in headings(read(page.parent / file) if file else text)
+        for file, anchor in relative_links(text)
+        if anchor and anchor not in headings(read(page.parent / file) if file else text)
     }
 
 

@@ -44,14 +44,6 @@ Number = TypeVar("Number", int, float)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # buckets of the histogram
 
 
-class Refused(Exception):
-    """A request that gets no answer but why: an HTTP status and a message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class EdgeServer:
     """The HTTP side of a detector; `app` is the ASGI application.
 
@@ -72,7 +64,7 @@ class EdgeServer:
         self._detector = detector
         self._most_bytes, self._most_seconds, self._most_waiting = most_bytes, most_seconds, most_waiting
         self._waiting = 0
-        self._metrics = _Metrics()
+        self._metrics = _Metrics(lambda: self._waiting)
         # Decoding takes a core for each; the engine has threads of its own and takes one photo at a time.
         self._pool = ThreadPoolExecutor(usable_cpus() + 1, thread_name_prefix="trace-http")
         self.app = Starlette(
@@ -117,8 +109,8 @@ class EdgeServer:
         start = time.perf_counter()
         try:
             response = await self._answered(asked(request.query_params), request)
-        except Refused as error:
-            response = _refusal(error.status, str(error))
+        except HTTPException as error:
+            response = _refusal(error.status_code, error.detail)
         except TraceError as error:
             response = _refusal(_status(error), str(error))
         except ClientDisconnect:
@@ -129,16 +121,14 @@ class EdgeServer:
 
     async def _answered(self, draw: Draw, request: Request) -> Response:
         if self._waiting >= self._most_waiting:
-            raise Refused(503, f"{self._waiting} photos are waiting. Ask again in a second.")
+            raise HTTPException(503, f"{self._waiting} photos are waiting. Ask again in a second.")
         self._waiting += 1
-        self._metrics.waiting.set(self._waiting)
         try:
             data = await self._body(request)
             loop = asyncio.get_running_loop()
             response, timings = await loop.run_in_executor(self._pool, _work, self._detector, data, draw)
         finally:
             self._waiting -= 1
-            self._metrics.waiting.set(self._waiting)
         for stage, milliseconds in timings.items():
             self._metrics.seconds.labels(stage).observe(milliseconds / 1e3)
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={value:.2f}" for stage, value in timings.items())
@@ -149,18 +139,19 @@ class EdgeServer:
         too_large = f"The file is larger than {self._most_bytes >> 20} MiB. Send a smaller one."
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_bytes:
-            raise Refused(413, too_large)
+            raise HTTPException(413, too_large)
         data = bytearray()
         try:
             async with asyncio.timeout(self._most_seconds):
                 async for part in request.stream():
                     data += part
                     if len(data) > self._most_bytes:
-                        raise Refused(413, too_large)
+                        raise HTTPException(413, too_large)
         except TimeoutError:
-            raise Refused(408, f"The photo had not arrived after {self._most_seconds:g} s. Send it again.") from None
+            too_slow = f"The photo had not arrived after {self._most_seconds:g} s. Send it again."
+            raise HTTPException(408, too_slow) from None
         if not data:
-            raise Refused(400, "The request has no body. Send a photo's file: curl --data-binary @photo.jpg …")
+            raise HTTPException(400, "The request has no body. Send a photo's file: curl --data-binary @photo.jpg …")
         return bytes(data)
 
 
@@ -249,12 +240,12 @@ def _refusal(status: int, message: str) -> Response:
 class _Metrics:
     """What Prometheus is told of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "trace_requests", "Photos sent, by path and HTTP status.", ["path", "status"], registry=self.registry
         )
-        self.waiting = Gauge("trace_waiting", "Photos in the house now.", registry=self.registry)
+        Gauge("trace_waiting", "Photos in the house now.", registry=self.registry).set_function(waiting)
         self.seconds = Histogram(
             "trace_seconds",
             "Seconds a photo spent in each stage; answer: in all.",
