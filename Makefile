@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(VENV)/base
 	$(VENV)/bin/trace-sdk detect examples/photos/cars.jpg --overlay -o out
@@ -19,6 +19,11 @@ types: $(VENV)/dev
 	rm -rf build
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml -p trace_sdk
+
+# A site of docs/, docstrings and --help texts; a link that leads nowhere is an error.
+docs: $(VENV)/dev
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
+	@echo "build/docs/docs/index.html"
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "recipes/trace-small/CREDITS.md",
 ]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
@@ -98,6 +98,12 @@ def test_links_and_pictures_exist(page: Path) -> None:
 @each_page
 def test_headings_that_are_linked_to_exist(page: Path) -> None:
     assert not broken_anchors(page, read(page))
+
+
+def test_every_page_is_reached_from_the_first_one() -> None:
+    first = ROOT / "docs/index.md"
+    reached = {(first.parent / file).resolve() for file in links(read(first))}
+    assert {page for page in PAGES if page != first} <= reached
 
 
 @each_page

@@ -1,4 +1,4 @@
-"""Every error that trace-sdk raises on purpose.
+"""Every error that trace-sdk raises on purpose::
 
     TraceError
     ├── InputError            what the caller gave cannot be used

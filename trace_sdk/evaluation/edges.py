@@ -159,8 +159,8 @@ def count_edges(
 
     clDice here: the skeleton of the prediction S_P is the thinned binary map, the skeleton of the truth S_L
     the annotator's boundary as given, and the masks V_P and V_L are these skeletons dilated by the tolerance.
-    So topology precision |S_P ∩ V_L| / |S_P| is the share of predicted pixels with a true pixel of any
-    annotator within the tolerance, topology sensitivity |S_L ∩ V_P| / |S_L| the share of true pixels, summed
+    So topology precision `|S_P ∩ V_L| / |S_P|` is the share of predicted pixels with a true pixel of any
+    annotator within the tolerance, topology sensitivity `|S_L ∩ V_P| / |S_L|` the share of true pixels, summed
     over annotators, with a predicted one within it (both without one-to-one matching), and clDice is their
     harmonic mean.
 

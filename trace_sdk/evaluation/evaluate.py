@@ -47,7 +47,7 @@ def evaluate(
     cache: str | Path | None = None,
     on_image: Callable[[str], None] = lambda name: None,
 ) -> EdgeScores:
-    """Score one method on one data set; every method goes through the same thinning and matching.
+    """Score one method on one data set; every method goes through the same thinning and matching::
 
         from trace_sdk.evaluation import datasets, evaluate, methods
         scores = evaluate.evaluate(datasets.open_dataset("coco_val/"), methods.BASELINES[0])

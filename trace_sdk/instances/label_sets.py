@@ -70,13 +70,13 @@ _CITYSCAPES_THINGS_FROM = 24
 def read_label_set(name_or_file: str) -> LabelSet:
     """A known label set, or a JSON file with COCO panoptic categories.
 
-    voc                values 0 (background, stuff) to 20, 255 is void; colour pictures are read by VOC's palette.
-    coco-stuff         COCO's ids, things 1 to 90, stuff 92 to 182; 0 and 255 are void.
-    coco-stuff-maps    the same less 1, as the stuffthingmaps have it; 255 is void.
-    cityscapes         ids 0 to 33 as in *_labelIds.png; the classes that don't count are void.
-    cityscapes-train   ids 0 to 18 as in *_labelTrainIds.png; 255 is void. Categories are those of `cityscapes`.
-    FILE.json          a list of {"id", "name", "isthing"}, or a data set with `categories`; the pixel value is the
-                       id; 0 and 255 are void unless listed.
+    * `voc`: values 0 (background, stuff) to 20, 255 is void; colour pictures are read by VOC's palette.
+    * `coco-stuff`: COCO's ids, things 1 to 90, stuff 92 to 182; 0 and 255 are void.
+    * `coco-stuff-maps`: the same less 1, as the stuffthingmaps have it; 255 is void.
+    * `cityscapes`: ids 0 to 33 as in `*_labelIds.png`; the classes that don't count are void.
+    * `cityscapes-train`: ids 0 to 18 as in `*_labelTrainIds.png`; 255 is void. Categories are those of `cityscapes`.
+    * FILE.json: a list of {"id", "name", "isthing"}, or a data set with `categories`; the pixel value is the id; 0 and
+      255 are void unless listed.
 
     Raises:
         ArgumentError: unknown name. DatasetError: a file that is missing or malformed.

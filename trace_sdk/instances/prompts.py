@@ -69,7 +69,7 @@ class SamPrompts:
         return {"bboxes": self.boxes.tolist(), "points": self.points.tolist(), "labels": self.labels.tolist()}
 
     def to_transformers(self) -> dict[str, Any]:
-        """For `transformers.SamProcessor` or `Sam2Processor`: processor(image, **prompts), one image.
+        """For `transformers.SamProcessor` or `Sam2Processor`: `processor(image, **prompts)`, one image.
 
         Lists input_points [1][K][P][2], input_labels [1][K][P], input_boxes [1][K][4].
         """

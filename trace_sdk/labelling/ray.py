@@ -1,4 +1,4 @@
-"""Labels on a Ray cluster: the teacher as a stateful `map_batches` stage that fills the same label folder.
+"""Labels on a Ray cluster: the teacher as a stateful `map_batches` stage that fills the same label folder::
 
     import ray
     from trace_sdk.labelling.ray import RayLabeller, image_rows
