@@ -181,6 +181,7 @@ def rows(out: Path, images: Path, labels: Path) -> dict[str, Callable[[], Method
         "per-head form, t=.2": ((per_head(0.2),), False),
         "+ blocks 2 to 6": ((per_head(0.2, blocks=MIDDLE_BLOCKS),), False),
         "+ windows on the enlarged photo": ((recipe(0.2),), False),
+        "the same, t by IEP": ((recipe(None),), False),
         "+ ensembling over t": (ensemble, False),
         "snapped target, t=.2": ((recipe(0.2),), True),
         "snapped target, ensembled": (ensemble, True),
