@@ -237,6 +237,7 @@ def test_no_masks() -> None:
         (np.stack([LEFT, LEFT & RIGHT]), None, "Mask 1 is empty"),
         (LEFT[None], [1.0, 2.0], "expected 1 finite numbers"),
         (LEFT[None], [float("nan")], "expected 1 finite numbers"),
+        (LEFT[None], [-1.0], "expected 1 finite numbers of 0 or more"),
     ],
 )
 def test_bad_masks(masks: Any, scores: Any, message: str) -> None:
