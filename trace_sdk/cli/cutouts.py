@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -62,8 +63,8 @@ def command(
     with progress("cutouts", total=len(jobs)) as advance:
         for job in jobs:
             try:
-                key = made_of.key(read_photo(job.photo), str(job.name).encode())
-                place = records.key(str(job.name).encode())
+                key = made_of.key(read_photo(job.photo), os.fsencode(job.name))
+                place = records.key(os.fsencode(job.name))
                 last = records.get(place) or {"of": None, "cutouts": []}
                 if last["of"] != key:
                     cutouts = cut_out(detector.run(job.photo), min_score)

@@ -82,8 +82,8 @@ def command(
 
     A file that cannot be read is reported and the others are still done. Two photos that would share one
     name (a.jpg and a.png) keep their suffix: a.jpg.edges.png. In folders, files that are no photos by their
-    suffix, hidden files and earlier results (*.edges.*, *.overlay.jpg) are passed over; files that you name
-    are always tried.
+    suffix, hidden files, the output folder and earlier results (*.edges.*, *.overlay.jpg) are passed over; files
+    that you name are always tried.
 
     \b
     Exit code:

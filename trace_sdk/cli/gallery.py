@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -89,16 +90,21 @@ def command(
                 name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
                 with write_whole(out / name) as file:
                     picture.convert("RGB").save(file, "JPEG", quality=88)
-                files.append((caption, quote(name.as_posix())))
+                files.append((caption, quote(os.fsencode(name))))
             height, width = edges.probability.shape
             note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
-            exhibits.append(Exhibit(job.relative.as_posix(), width, height, tuple(files), note))
+            exhibits.append(Exhibit(_shown(job.relative), width, height, tuple(files), note))
             advance(note=job.photo.name)
     write_page(out / "index.html", title, exhibits)
     trouble = f", {failed} failed" if failed else ""
     output.print(f"{len(exhibits)} photos → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _shown(name: Path) -> str:
+    """A name for people: bytes that are no text, as old archives have them, are replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _pictures(edges: EdgeMap, threshold: float | None, hatch: bool) -> list[tuple[str, Image]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,7 @@ def command(
                 file_name = (job.relative if names[job.relative] == 1 else job.photo).as_posix()
                 picture = out / f"{job.name}.instances.jpg"
                 try:
-                    key = parts.key(read_photo(job.photo), file_name.encode(), str(job.name).encode())
+                    key = parts.key(read_photo(job.photo), os.fsencode(file_name), os.fsencode(job.name))
                     part = parts.get(key) if picture.is_file() else None
                     if part is None:
                         found = detector.run(job.photo).instances(threshold, min_area=min_area)
