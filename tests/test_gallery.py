@@ -95,6 +95,11 @@ def test_masks_need_their_folder(tiny_engine: Path, photos: Path, tmp_path: Path
     assert result.exit_code == 2 and "needs one folder" in result.stderr
 
 
+def test_annotations_without_masks(photos: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["gallery", str(photos), "-o", str(tmp_path), "--annotations", "a.json"])
+    assert result.exit_code == 2 and "--annotations names the images of --masks" in result.stderr
+
+
 def test_painted_masks() -> None:
     rgb = np.full((40, 60, 3), 100, np.uint8)
     masks = np.zeros((2, 40, 60), np.bool_)

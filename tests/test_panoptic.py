@@ -115,7 +115,7 @@ def test_void_of_cityscapes() -> None:
     assert {0, 3, 9, 14, 29, 255} <= read_label_set("cityscapes").void
 
 
-@pytest.mark.parametrize("mode", ["grey", "palette", "colour", "16 bit"])
+@pytest.mark.parametrize("mode", ["grey", "palette", "colour", "16 bit", "LA", "RGBA"])
 def test_every_kind_of_picture(tmp_path: Path, mode: str) -> None:
     values = np.array([[0, 1, 15], [20, 255, 8]], np.uint8)
     picture = PIL.Image.fromarray(values)
@@ -125,6 +125,10 @@ def test_every_kind_of_picture(tmp_path: Path, mode: str) -> None:
         picture = PIL.Image.fromarray(voc_palette()[values])
     elif mode == "16 bit":
         picture = PIL.Image.fromarray(values.astype(np.uint16))
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    elif mode == "RGBA":
+        picture = PIL.Image.fromarray(voc_palette()[values]).convert("RGBA")
     picture.save(tmp_path / "a.png")
     assert (read_semantic(tmp_path / "a.png", read_label_set("voc")) == values).all()
 

@@ -64,6 +64,8 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; no page is written
     """
+    if annotations is not None and masks is None:
+        raise ArgumentError("--annotations names the images of --masks. Give both, or none.")
     jobs = find_photos(photos, out)
 
     from trace_sdk.detector import EdgeDetector

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
+# What `decode_mask` raises.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 _LONGEST = 7  # characters of a compressed run length: 34 bits and a sign
 
 CATEGORY = {"id": 1, "name": "instance", "supercategory": "instance"}
@@ -22,7 +24,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
         bool [H, W].
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none of them, or not of this size.
+        UNREADABLE: it is none of them, or not of this size.
     """
     if not isinstance(segmentation, (list, dict)):
         raise ValueError(f"{segmentation!r:.40} is neither a list of polygons nor run lengths")

@@ -88,7 +88,8 @@ def read_semantic(file: str | Path, labels: LabelSet) -> NDArray[np.int64]:
     path = Path(file)
     try:
         with PIL.Image.open(path) as picture:
-            values = np.asarray(picture.convert("RGB") if picture.mode == "RGBA" else picture)
+            opaque = {"RGBA": "RGB", "LA": "L"}.get(picture.mode)
+            values = np.asarray(picture.convert(opaque) if opaque else picture)
     # Pillow's decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DatasetError(f"{path} cannot be read ({type(error).__name__}). Put the whole file there.") from error
