@@ -173,9 +173,22 @@ def test_large_pictures_are_read_at_working_size() -> None:
     assert small.pieces.shape == (50, 75)
 
 
+@pytest.mark.parametrize(("shape", "seen"), [((20, 4000), 512), ((60, 7000), 100), ((7000, 30), 512), ((512, 768), 16)])
+def test_strips_and_small_networks(shape: tuple[int, int], seen: int) -> None:
+    """Where a picture is few working pixels high, their side was guessed wrong, and labels had another size."""
+    edges = np.zeros(shape, np.float32)
+    middle = max(shape) // 2
+    np.moveaxis(edges, int(np.argmax(shape)), 0)[middle : middle + max(shape) // seen] = 1
+    map_ = EdgeMap(edges, np.zeros((*shape, 3), np.uint8), 0.5, {"network_size": (seen, seen)})
+    found = map_.instances()
+    assert found.labels.shape == shape and len(found) == 2
+    assert np.abs(found.areas / edges.size - 0.5).max() < 0.1
+    assert map_.refine(found.masks).shape == shape
+
+
 def test_enlarged_borders_show_no_blocks() -> None:
     ids = (np.add.outer(np.arange(20), np.arange(20)) > 19).astype(np.int32)
-    large = enlarge(ids, (80, 79))
+    large = enlarge(ids, (80, 79), 4)
     assert large.shape == (80, 79)
     y, x = np.indices((80, 79)) + 0.5
     distance = (y + x - 82) / np.sqrt(2)  # the border runs through the corners of blocks

@@ -115,7 +115,7 @@ class EdgeMap:
             hierarchy = self.hierarchy
         regions, scores = hierarchy.cut(cut_at, least)
         made_with = {**self.info, "threshold": float(cut_at), "min_area": least}
-        labels = enlarge((regions + np.int32(1))[hierarchy.pieces], self.probability.shape)
+        labels = enlarge((regions + np.int32(1))[hierarchy.pieces], self.probability.shape, hierarchy.step)
         return Instances(labels, scores.astype(np.float32), self.rgb, made_with)
 
     def refine(

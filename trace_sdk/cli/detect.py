@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos
+from trace_sdk.cli.photos import find_photos, write_jpeg
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
 
@@ -120,14 +119,13 @@ def command(
             for job in jobs:
                 try:
                     edges = detector.run(job.photo)
+                    edges.save(out / f"{job.name}.edges.{form}")
+                    if overlay:
+                        write_jpeg(edges.overlay(), out / f"{job.name}.overlay.jpg")
                 except InputError as error:
                     failed += 1
                     say_error(error)
                 else:
-                    edges.save(out / f"{job.name}.edges.{form}")
-                    if overlay:
-                        with write_whole(out / f"{job.name}.overlay.jpg") as file:
-                            edges.overlay().save(file, "JPEG", quality=92)
                     timings.append(edges.info["timings"])
                 advance(note=job.photo.name)
     except KeyboardInterrupt:

@@ -9,10 +9,9 @@ from urllib.parse import quote
 
 import click
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos
+from trace_sdk.cli.photos import find_photos, write_jpeg
 from trace_sdk.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
@@ -77,25 +76,23 @@ def command(
     failed = 0
     with progress("gallery", total=len(jobs)) as advance:
         for job in jobs:
+            files = []
             try:
                 edges = detector.run(job.photo)
                 pictures = _pictures(edges, threshold, hatch)
                 if masks is not None:
                     pictures += _mask_pictures(edges, shown.get(job.photo.resolve()), masks, threshold)
+                for caption, picture in pictures:
+                    name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
+                    write_jpeg(picture.convert("RGB"), out / name, quality=88)
+                    files.append((caption, quote(os.fsencode(name))))
             except InputError as error:
                 failed += 1
                 say_error(error)
-                advance(note=job.photo.name)
-                continue
-            files = []
-            for caption, picture in pictures:
-                name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
-                with write_whole(out / name) as file:
-                    picture.convert("RGB").save(file, "JPEG", quality=88)
-                files.append((caption, quote(os.fsencode(name))))
-            height, width = edges.probability.shape
-            note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
-            exhibits.append(Exhibit(_shown(job.relative), width, height, tuple(files), note))
+            else:
+                height, width = edges.probability.shape
+                note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
+                exhibits.append(Exhibit(_shown(job.relative), width, height, tuple(files), note))
             advance(note=job.photo.name)
     write_page(out / "index.html", title, exhibits)
     trouble = f", {failed} failed" if failed else ""

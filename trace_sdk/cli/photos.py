@@ -1,4 +1,4 @@
-"""Which photos a command is to do, and what their results are called."""
+"""Which photos a command is to do, what their results are called, and pictures among these."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+LONGEST_JPEG = 65_500  # pixels, of libjpeg
 _OURS = (".edges.png", ".edges.tif", ".overlay.jpg", ".instances.jpg")
 
 
@@ -50,6 +56,17 @@ def read_photo(photo: Path) -> bytes:
         return photo.read_bytes()
     except OSError as error:
         raise ImageError(f"{photo}: {error.strerror}. Check the name and its permissions.") from error
+
+
+def write_jpeg(picture: Image, file: Path, quality: int = 92) -> None:
+    """Write a picture, whole or not at all. Raises ImageError if it is too long for a JPEG, and OutputError."""
+    if max(picture.size) > LONGEST_JPEG:
+        raise ImageError(
+            f"{file} cannot be written: a JPEG has at most {LONGEST_JPEG} pixels a side, this picture is "
+            f"{picture.width}x{picture.height}. Cut the photo up."
+        )
+    with write_whole(file) as opened:
+        picture.save(opened, "JPEG", quality=quality)
 
 
 def _found(arguments: Iterable[str], out: Path) -> list[PhotoJob]:

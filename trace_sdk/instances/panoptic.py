@@ -117,7 +117,7 @@ def split_things(
 ) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
     """Segment ids, int32 [H, W], and their `Panoptic.segments`; see the module's head for how."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
+    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape, hierarchy.step))
     ids = np.zeros(semantic.shape, np.int32)
     owners: list[tuple[int, bool]] = []
     for value in np.unique(semantic):

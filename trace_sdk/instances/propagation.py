@@ -84,7 +84,7 @@ def propagate(
 ) -> RefinedMasks:
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    pieces = enlarge(hierarchy.pieces, probability.shape)
+    pieces = enlarge(hierarchy.pieces, probability.shape, hierarchy.step)
     regions = Regions(of_piece.take(pieces))
     height, width = probability.shape
     cut = [(index, part) for index, mask in enumerate(masks) for part in cut_at_gaps(BoxedMask.of(mask), probability)]
