@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def test_counts_of_known_labels(name: str, things: int, stuff: int) -> None:
 
 def test_void_of_cityscapes() -> None:
     assert {0, 3, 9, 14, 29, 255} <= read_label_set("cityscapes").void
+
+
+def test_it_is_shown_in_a_line_and_as_a_picture() -> None:
+    """As edges and instances are; its repr was some hundred lines of arrays."""
+    edges, semantic = scene()
+    found = edges.panoptic(semantic, "voc")
+    assert re.fullmatch(r"Panoptic\(\d things, \d stuff in 120x80, labels='voc'\)", repr(found))
+    assert found._repr_png_().startswith(b"\x89PNG")
+    assert repr(edges.sam_prompts(points=2)).endswith(" boxes with 2 points each in 120x80)")
+    assert repr(edges.refine(semantic[None] > 0)).endswith(" sides in 120x80)")
 
 
 @pytest.mark.parametrize("mode", ["grey", "palette", "colour", "16 bit", "LA", "RGBA"])

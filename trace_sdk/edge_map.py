@@ -411,7 +411,8 @@ def _mean_thrice(values: NDArray[np.float32], sigma: float) -> NDArray[np.float3
             sums = np.cumsum(levels, axis=axis)
             levels = sums[length:] - sums[:-length] if axis == 0 else sums[:, length:] - sums[:, :-length]
         levels //= math.prod(lengths)
-    return levels.astype(np.float32) / np.float32(_LEVELS)
+    blurred: NDArray[np.float32] = levels.astype(np.float32) / np.float32(_LEVELS)
+    return blurred
 
 
 def _thickened(lines: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ labels are never changed and every pixel keeps its class. Stuff of one class is 
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from trace_sdk.instances.walk import Regions
 FILL = 0.55  # opacity of the colours over the picture
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Panoptic:
     """Segments of one picture.
 
@@ -77,6 +78,16 @@ class Panoptic:
         mixed = self.rgb + opacity * (painted - self.rgb)
         mixed[border] = 255
         return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.plot().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        height, width = self.ids.shape
+        things = sum(segment["isthing"] for segment in self.segments)
+        return f"Panoptic({things} things, {len(self) - things} stuff in {width}x{height}, labels={self.labels.name!r})"
 
 
 def read_semantic(file: str | Path, labels: LabelSet) -> NDArray[np.int64]:
