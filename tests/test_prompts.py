@@ -30,7 +30,7 @@ def ring() -> EdgeMap:
     return EdgeMap(edges, np.zeros((HEIGHT, WIDTH, 3), np.uint8), 0.5)
 
 
-@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize("points", [1, 3, np.int64(2)])
 def test_points_lie_in_their_instance_and_boxes_around_it(points: int) -> None:
     edges = ring()
     found, prompts = edges.instances(), edges.sam_prompts(points=points)

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk import __version__
 from trace_sdk.atomic import write_whole
+from trace_sdk.buckets import is_whole
 from trace_sdk.errors import ArgumentError, OutputError, needs_extra
 from trace_sdk.images import ImageInput, read_image
 
@@ -208,7 +209,7 @@ class EdgeMap:
             ArgumentError: an argument is out of range.
             MissingExtraError: the extra `instances` is not installed.
         """
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        if not is_whole(points) or points < 1:
             raise ArgumentError(f"points={points!r} must be a whole number of at least 1.")
         if not 0 <= min_score <= 1:
             raise ArgumentError(f"min_score={min_score} must be in [0, 1].")
@@ -228,7 +229,7 @@ class EdgeMap:
     def _least(self, min_area: int | None) -> int:
         if min_area is None:
             return max(16, round(self.probability.size * SPECK))
-        if isinstance(min_area, bool) or not isinstance(min_area, (int, np.integer)) or min_area < 0:
+        if not is_whole(min_area) or min_area < 0:
             raise ArgumentError(f"min_area={min_area!r} must be a whole number of pixels, 0 or more.")
         return int(min_area)
 
