@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, MissingExtraError
-from trace_sdk.instances.coco import decode_mask
+from trace_sdk.instances.coco import decode_mask, encode_mask
 from trace_sdk.instances.hierarchy import enlarge
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -193,6 +193,15 @@ def test_enlarged_borders_show_no_blocks() -> None:
     y, x = np.indices((80, 79)) + 0.5
     distance = (y + x - 82) / np.sqrt(2)  # the border runs through the corners of blocks
     assert (large[distance > 2] == 1).all() and (large[distance < -2] == 0).all()
+
+
+def test_specks_have_polygons_and_runs_are_those_of_pycocotools() -> None:
+    """The polygon of a pixel was a line, and the mask with the last pixel had a run more."""
+    edges = np.ones((9, 9), np.float32)
+    edges[4, 4] = edges[0, 0] = edges[8, 8] = 0
+    for found in (edge_map(edges).instances(0, min_area=0), edge_map(edges[:1, :1]).instances()):
+        assert found.rle == [encode_mask(mask) for mask in found.masks]
+        assert all(len({tuple(point) for point in ring}) > 2 for rings in found.polygons for ring in rings)
 
 
 def test_coco_is_read_by_pycocotools(tmp_path: Any) -> None:

@@ -36,7 +36,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
 
 def encode_runs(counts: Sequence[int], height: int, width: int) -> dict[str, Any]:
     """Run lengths of 0, 1, 0, … down the columns → COCO RLE with compressed counts as text."""
-    runs = codec.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
+    # A last run of no pixel is valid, but pycocotools writes none.
+    kept = list(counts[:-1] if counts[-1] == 0 else counts)
+    runs = codec.frPyObjects({"size": [height, width], "counts": kept}, height, width)
     return {"size": [height, width], "counts": runs["counts"].decode("ascii")}
 
 
