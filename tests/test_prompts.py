@@ -137,4 +137,4 @@ def test_command_goes_on_after_a_bad_photo(photos: Path, tiny_engine: Path, tmp_
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     arguments = ["prompts", str(tmp_path / "bad.png"), str(photos / "a.png"), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*arguments, "--engine", str(tiny_engine)])
-    assert result.exit_code == 1 and "1 photos →" in result.stdout and "bad.png" in result.stderr
+    assert result.exit_code == 1 and "1 photo →" in result.stdout and "bad.png" in result.stderr

@@ -81,6 +81,7 @@ def command(
                 say_error(error)
             advance(note=job.photo.name)
     trouble = f", {failed} failed" if failed else ""
-    output.print(f"{len(jobs) - failed} photos → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
+    done = f"{len(jobs) - failed} photo{'' if len(jobs) - failed == 1 else 's'}"
+    output.print(f"{done} → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)

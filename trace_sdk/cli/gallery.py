@@ -96,7 +96,8 @@ def command(
             advance(note=job.photo.name)
     write_page(out / "index.html", title, exhibits)
     trouble = f", {failed} failed" if failed else ""
-    output.print(f"{len(exhibits)} photos → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
+    done = f"{len(exhibits)} photo{'' if len(exhibits) == 1 else 's'}"
+    output.print(f"{done} → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
 
