@@ -135,6 +135,23 @@ def test_a_bad_file_is_reported_and_the_others_are_done(detect: Detect) -> None:
     assert result.stdout.startswith("2 photos → out, 1 failed: ")
 
 
+def test_a_photo_too_long_for_a_jpeg_is_reported_and_the_others_are_done(detect: Detect) -> None:
+    """It ended the run, and the message told to find another folder."""
+    Path("in").mkdir()
+    PIL.Image.new("L", (65_501, 20)).save("in/a.png")
+    photos("in/b.png")
+    result = detect("in", "--overlay")
+    assert result.exit_code == 1 and "a JPEG has at most 65500 pixels a side, this picture is 65501x20" in result.stderr
+    assert written() == ["a.edges.png", "b.edges.png", "b.overlay.jpg"]
+
+
+def test_a_name_as_long_as_file_systems_allow(detect: Detect) -> None:
+    """The unfinished file's name was longer than the finished one's."""
+    name = "\u3042" * 81  # 243 bytes, 253 with .edges.png
+    photos(f"in/{name}.png")
+    assert detect("in").exit_code == 0 and written() == [f"{name}.edges.png"]
+
+
 def test_info(tiny_engine: Path) -> None:
     table = CliRunner().invoke(main, ["info", str(tiny_engine)])
     assert table.exit_code == 0 and "tiny (sha256 verified)" in table.stdout

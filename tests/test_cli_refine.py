@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ BAD_ENTRIES = [
     (entry("mask"), "has no usable mask: 'mask' is neither a list of polygons nor run lengths"),
     (entry(score="high"), "entry 1 has score 'high', not a finite number"),
     (entry(score=-0.5), "entry 1 has score -0.5, not a finite number of 0 or more"),
+    (entry(score=10**400), "not a finite number of 0 or more"),
+    (entry(id=[1]), "entry 1 has id [1]"),
+    (entry({"size": [float("inf"), WIDTH], "counts": [0]}), "has no usable mask: OverflowError"),
     (entry(category_id=[1]), "entry 1 has category [1], which is not listed"),
     (entry(image_id=None), "entry 1 has image_id None"),
     (entry(image_id=123), "image 123 has no photo photos/000000000123.jpg"),
@@ -176,6 +180,8 @@ def test_a_bad_entry_is_named_and_can_be_skipped(run: Run, bad: Any, message: st
         (dataset(entry(category_id=9)), "entry 0 has category 9, which is not listed"),
         (dataset(entry(image_id=9)), "entry 0 belongs to image 9, which is not listed"),
         (dataset(entry(), images=dataset()["images"] * 2), "image id 790 is there twice"),
+        (dataset(entry(), categories=[{"id": [1]}], images=[{"id": 790}]), "image 0 of the list has no id or"),
+        (dataset(entry(), categories=None, images=[{"id": 790}]), "image 0 of the list has no id or"),
         (dataset(entry(), images=[{"id": 790}]), "image 0 of the list has no id or no file_name"),
         (dataset(entry(), images=[{"id": 790, "file_name": "gone.png"}]), "image 790 has no photo photos/gone.png"),
         (
@@ -270,6 +276,36 @@ def test_edges_of_others_in_place_of_an_engine(tiny_engine: Path, run: Run) -> N
     assert result.exit_code == 1 and "maps/000000000790.png is missing" in result.stderr
     result = CliRunner().invoke(main, [*fixed, "--threshold", "0.4", "--skip-bad"])
     assert result.exit_code == 0 and json.loads(Path("other.json").read_bytes()) == []
+
+
+def test_edges_of_photos_in_sub_folders(tiny_engine: Path, run: Run) -> None:
+    """Video frames have one name in many folders; `trace-sdk detect` keeps those, and only one map was looked for."""
+    assert run([entry()]).exit_code == 0
+    images = []
+    for number, scene in enumerate(("bear", "swan")):
+        Path("photos", scene).mkdir()
+        shutil.copy("photos/000000000790.png", f"photos/{scene}/00000.png")
+        images.append({**dataset()["images"][0], "id": number, "file_name": f"{scene}/00000.png"})
+    Path("pred.json").write_text(json.dumps(dataset(entry(id=1, image_id=0), entry(id=2, image_id=1), images=images)))
+    arguments = ["detect", "photos", "-o", "maps", "--format", "tif", "--engine", str(tiny_engine)]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    arguments = ["refine", "--masks", "pred.json", "--images", "photos", "-o", "o.json", "--edges", "maps"]
+    result = CliRunner().invoke(main, [*arguments, "--threshold", "0.4"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("o.json").read_bytes())["annotations"]
+    assert [one["bbox"] for one in found] == [written()[0]["bbox"]] * 2
+    # A map for both would be wrong for one of them.
+    Path("maps/bear/00000.edges.tif").replace("maps/00000.tif")
+    result = CliRunner().invoke(main, [*arguments, "--threshold", "0.4"])
+    assert result.exit_code == 1 and "maps/bear/00000.png is missing" in result.stderr
+
+
+def test_options_that_contradict(run: Run) -> None:
+    assert run([entry()], "--edges", "photos", "--threshold", "0.4", "--size", "64").exit_code == 2
+    Path("pred.json").write_text(json.dumps([entry()]))
+    same = ["refine", "--masks", "pred.json", "--images", "photos", "-o", "./pred.json"]
+    result = CliRunner().invoke(main, same)
+    assert result.exit_code == 2 and "pred.json is read here" in result.stderr
 
 
 def test_workers_give_the_same_bytes(run: Run) -> None:

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector
@@ -183,7 +184,14 @@ def test_an_error_of_the_iterable_waits_for_its_turn(detector: EdgeDetector) -> 
         next(stream)
 
 
-@pytest.mark.parametrize("wrong", ["a.jpg", b"", Path("a.jpg"), PIL.Image.new("L", (2, 2)), None, 3])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("a.jpg", b"", Path("a.jpg"), io.BytesIO(), PIL.Image.new("L", (2, 2)), None, 3),
+        *(np.zeros((9, 7, 3), np.uint8), np.zeros((9, 7)), torch.zeros(3, 9, 7)),  # gave a map for each row or channel
+    ],
+    ids=lambda wrong: type(wrong).__name__,
+)
 def test_one_image_is_no_batch(detector: EdgeDetector, wrong: Any) -> None:
     with pytest.raises(ArgumentError, match="Expected several images"):
         detector.run_batch(wrong)

@@ -22,7 +22,7 @@ from trace_sdk.evaluation import methods
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.edges import count_edges
 from trace_sdk.evaluation.evaluate import evaluate, thin_ridges
-from trace_sdk.evaluation.methods import EdgeFolder, Engine, Function
+from trace_sdk.evaluation.methods import EdgeFolder, Engine, Function, read_edges
 
 NAMES = ("a", "b", "c")
 
@@ -160,6 +160,18 @@ def test_edge_maps_as_png(scenes: Path, tmp_path: Path, depth: type) -> None:
     edges = EdgeFolder("mine", tmp_path / "png").edges(dataset, sample)
     assert edges.dtype == np.float32
     assert edges.max() == pytest.approx(0.2)
+
+
+def test_edge_maps_with_a_palette_and_as_tiff(tmp_path: Path) -> None:
+    """Tools that make PNGs small number the greys; the numbers were taken for edges."""
+    grey = np.array([[0, 255, 51]], np.uint8)
+    Image.fromarray(grey).convert("RGB").quantize(3).save(tmp_path / "p.png")
+    Image.fromarray(grey > 100).save(tmp_path / "bits.png")
+    Image.fromarray((grey / np.float32(255)).astype(np.float32)).save(tmp_path / "t.tif")
+    Image.fromarray(grey).save(tmp_path / "u.tif")
+    for name in ("p.png", "t.tif", "u.tif"):
+        assert np.allclose(read_edges(tmp_path / name), [[0, 1, 0.2]]), name
+    assert read_edges(tmp_path / "bits.png").tolist() == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,46 @@ def test_a_data_set_may_number_its_images_as_it_likes(tmp_path: Path) -> None:
     assert scores.ap == pytest.approx(1) and scores.masks == 2
 
 
+@pytest.mark.parametrize("missing", ["id", "area", "bbox", "iscrowd", "category_id"])
+def test_a_truth_may_lack_what_is_not_needed(missing: str, tmp_path: Path) -> None:
+    """Some of these ended with a KeyError of pycocotools."""
+    data = truth(A, B)
+    del data["images"][0]["height"]
+    data["images"][0]["file_name"] = "a.png"
+    for annotation in data["annotations"]:
+        del annotation[missing]
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("L", (100, 20)).save(tmp_path / "images/a.png")
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    (tmp_path / "pred.json").write_text(json.dumps([{**one, "category_id": 1} for one in results((A, 0.9), (B, 0.8))]))
+    assert score_file(tmp_path, tmp_path / "pred.json").ap == pytest.approx(1)
+
+
+def test_an_annotation_with_id_0_can_be_found() -> None:
+    """pycocotools takes 0 for no match."""
+    data = truth(A, B)
+    data["annotations"][0]["id"] = 0
+    assert score_masks(data, results((A, 0.9), (B, 0.8))).ap == pytest.approx(1)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    data = truth(A)
+    data["images"][0]["file_name"] = "a.png"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(b"\x89PNG")
+    (tmp_path / "pred.json").write_text(json.dumps([{**results((A, 1))[0], "category_id": 1}]))
+    for content, message in (
+        (data, r"a.png cannot be read"),
+        (data | {"annotations": None}, "no list of them"),
+        (data | {"annotations": [{}]}, "without image_id"),
+        (truth(A, segmentation=[]) | {"images": data["images"]}, "annotation 1 has no readable mask"),
+    ):
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match=message):
+            score_file(tmp_path, tmp_path / "pred.json")
+        PIL.Image.new("L", (100, 20)).save(tmp_path / "images/a.png")
+
+
 def test_bad_input() -> None:
     with pytest.raises(DatasetError, match="Results name image 2"):
         score_masks(truth(A), [{**results((A, 1))[0], "image_id": 2}])

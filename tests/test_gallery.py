@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ def test_masks_need_their_folder(tiny_engine: Path, photos: Path, tmp_path: Path
     assert result.exit_code == 2 and "needs one folder" in result.stderr
 
 
+def test_annotations_without_masks(photos: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["gallery", str(photos), "-o", str(tmp_path), "--annotations", "a.json"])
+    assert result.exit_code == 2 and "--annotations names the images of --masks" in result.stderr
+
+
 def test_painted_masks() -> None:
     rgb = np.full((40, 60, 3), 100, np.uint8)
     masks = np.zeros((2, 40, 60), np.bool_)
@@ -147,3 +153,37 @@ def test_hatching_leaves_the_photo_between_the_stripes() -> None:
     for half in (np.s_[5:75, 5:55], np.s_[5:75, 65:115]):
         bare = (hatched[half] == 100).all(axis=2)
         assert 0.3 < bare.mean() < 0.7 and (hatched[half][~bare] == plain[half][~bare]).all()
+
+
+def test_a_page_inside_the_folder_of_the_photos_is_no_photo(tiny_engine: Path, tmp_path: Path) -> None:
+    """Its pictures came onto the page of the next run."""
+    (tmp_path / "day").mkdir()
+    for name in ("a.png", "day/b.png"):
+        PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    page = tmp_path / "page"
+    for _ in range(2):
+        result = CliRunner().invoke(main, ["gallery", str(tmp_path), "-o", str(page), "--engine", str(tiny_engine)])
+        assert result.exit_code == 0, result.output
+        assert (page / "index.html").read_text().count("<figure ") == 2
+
+
+@pytest.mark.parametrize("command", ["gallery", "instances", "cutouts", "detect", "prompts"])
+def test_a_name_that_is_no_text(command: str, tiny_engine: Path, tmp_path: Path) -> None:
+    """Old archives hold names in other encodings; some commands ended with a traceback."""
+    (tmp_path / "in").mkdir()
+    file = os.path.join(os.fsencode(tmp_path / "in"), b"caf\xe9.png")  # noqa: PTH118
+    try:
+        PIL.Image.new("RGB", (40, 30), "red").save(os.fsdecode(file))
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    arguments = [command, str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--engine", str(tiny_engine)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    if command == "gallery":
+        page = (tmp_path / "out/index.html").read_text()
+        assert "caf\ufffd.png" in page and "pictures/caf%E9.photo.jpg" in page
+
+
+def test_descriptions_have_every_letter(tmp_path: Path) -> None:
+    write_page(tmp_path / "p.html", "t", [Exhibit('Straße "1"', 1, 1, (("a", "a.jpg"), ("b", "b.jpg")))])
+    assert 'alt="Straße &quot;1&quot;, left"' in (tmp_path / "p.html").read_text()

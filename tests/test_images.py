@@ -67,7 +67,7 @@ def test_the_callers_array_is_not_shared() -> None:
     "array",
     [
         GREY, GREY[:, :, None], GREY / 255, GREY.astype(np.uint16) << 8, np.float32(GREY) / 255,
-        GREY.astype(np.uint16) << 8 | 255,
+        GREY.astype(np.uint16) << 8 | 255, np.asmatrix(GREY),
     ],
 )  # fmt: skip
 def test_grey_arrays(array: NDArray[Any]) -> None:

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, MissingExtraError
-from trace_sdk.instances.coco import decode_mask
+from trace_sdk.instances.coco import decode_mask, encode_mask
 from trace_sdk.instances.hierarchy import enlarge
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -173,13 +173,35 @@ def test_large_pictures_are_read_at_working_size() -> None:
     assert small.pieces.shape == (50, 75)
 
 
+@pytest.mark.parametrize(("shape", "seen"), [((20, 4000), 512), ((60, 7000), 100), ((7000, 30), 512), ((512, 768), 16)])
+def test_strips_and_small_networks(shape: tuple[int, int], seen: int) -> None:
+    """Where a picture is few working pixels high, their side was guessed wrong, and labels had another size."""
+    edges = np.zeros(shape, np.float32)
+    middle = max(shape) // 2
+    np.moveaxis(edges, int(np.argmax(shape)), 0)[middle : middle + max(shape) // seen] = 1
+    map_ = EdgeMap(edges, np.zeros((*shape, 3), np.uint8), 0.5, {"network_size": (seen, seen)})
+    found = map_.instances()
+    assert found.labels.shape == shape and len(found) == 2
+    assert np.abs(found.areas / edges.size - 0.5).max() < 0.1
+    assert map_.refine(found.masks).shape == shape
+
+
 def test_enlarged_borders_show_no_blocks() -> None:
     ids = (np.add.outer(np.arange(20), np.arange(20)) > 19).astype(np.int32)
-    large = enlarge(ids, (80, 79))
+    large = enlarge(ids, (80, 79), 4)
     assert large.shape == (80, 79)
     y, x = np.indices((80, 79)) + 0.5
     distance = (y + x - 82) / np.sqrt(2)  # the border runs through the corners of blocks
     assert (large[distance > 2] == 1).all() and (large[distance < -2] == 0).all()
+
+
+def test_specks_have_polygons_and_runs_are_those_of_pycocotools() -> None:
+    """The polygon of a pixel was a line, and the mask with the last pixel had a run more."""
+    edges = np.ones((9, 9), np.float32)
+    edges[4, 4] = edges[0, 0] = edges[8, 8] = 0
+    for found in (edge_map(edges).instances(0, min_area=0), edge_map(edges[:1, :1]).instances()):
+        assert found.rle == [encode_mask(mask) for mask in found.masks]
+        assert all(len({tuple(point) for point in ring}) > 2 for rings in found.polygons for ring in rings)
 
 
 def test_coco_is_read_by_pycocotools(tmp_path: Any) -> None:

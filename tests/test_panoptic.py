@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,17 @@ def test_void_of_cityscapes() -> None:
     assert {0, 3, 9, 14, 29, 255} <= read_label_set("cityscapes").void
 
 
-@pytest.mark.parametrize("mode", ["grey", "palette", "colour", "16 bit"])
+def test_it_is_shown_in_a_line_and_as_a_picture() -> None:
+    """As edges and instances are; its repr was some hundred lines of arrays."""
+    edges, semantic = scene()
+    found = edges.panoptic(semantic, "voc")
+    assert re.fullmatch(r"Panoptic\(\d things, \d stuff in 120x80, labels='voc'\)", repr(found))
+    assert found._repr_png_().startswith(b"\x89PNG")
+    assert repr(edges.sam_prompts(points=2)).endswith(" boxes with 2 points each in 120x80)")
+    assert repr(edges.refine(semantic[None] > 0)).endswith(" sides in 120x80)")
+
+
+@pytest.mark.parametrize("mode", ["grey", "palette", "colour", "16 bit", "LA", "RGBA"])
 def test_every_kind_of_picture(tmp_path: Path, mode: str) -> None:
     values = np.array([[0, 1, 15], [20, 255, 8]], np.uint8)
     picture = PIL.Image.fromarray(values)
@@ -125,6 +136,10 @@ def test_every_kind_of_picture(tmp_path: Path, mode: str) -> None:
         picture = PIL.Image.fromarray(voc_palette()[values])
     elif mode == "16 bit":
         picture = PIL.Image.fromarray(values.astype(np.uint16))
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    elif mode == "RGBA":
+        picture = PIL.Image.fromarray(voc_palette()[values]).convert("RGBA")
     picture.save(tmp_path / "a.png")
     assert (read_semantic(tmp_path / "a.png", read_label_set("voc")) == values).all()
 

@@ -32,3 +32,9 @@ def test_one_worker_is_this_process() -> None:
 def test_a_worker_that_was_killed_is_said() -> None:
     with pytest.raises(OutOfMemoryError, match="fewer --workers"), job_pool(signal.raise_signal, 2) as submit:
         submit(signal.SIGKILL).result()
+
+
+def test_ctrl_c_is_left_to_the_parent() -> None:
+    """Workers that were waiting, or still loading, printed a traceback each."""
+    with job_pool(signal.getsignal, 2) as submit:
+        assert submit(signal.SIGINT).result() == signal.SIG_IGN

@@ -30,7 +30,7 @@ def ring() -> EdgeMap:
     return EdgeMap(edges, np.zeros((HEIGHT, WIDTH, 3), np.uint8), 0.5)
 
 
-@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize("points", [1, 3, np.int64(2)])
 def test_points_lie_in_their_instance_and_boxes_around_it(points: int) -> None:
     edges = ring()
     found, prompts = edges.instances(), edges.sam_prompts(points=points)
@@ -137,4 +137,4 @@ def test_command_goes_on_after_a_bad_photo(photos: Path, tiny_engine: Path, tmp_
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     arguments = ["prompts", str(tmp_path / "bad.png"), str(photos / "a.png"), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*arguments, "--engine", str(tiny_engine)])
-    assert result.exit_code == 1 and "1 photos →" in result.stdout and "bad.png" in result.stderr
+    assert result.exit_code == 1 and "1 photo →" in result.stdout and "bad.png" in result.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from click.testing import CliRunner
 
 from trace_sdk.cli import main
 from trace_sdk.cli.detect import camera_number
-from trace_sdk.video import Clip, _writers
+from trace_sdk.video import Clip, _writers, open_video
 
 av = pytest.importorskip("av", reason="needs trace-sdk[video]")
 pytest.importorskip("trackers", reason="needs trace-sdk[video]")
@@ -87,6 +89,49 @@ def test_odd_sides_are_filled_up(tmp_path: Path) -> None:
         write(np.full((33, 65, 3), 200, np.uint8), 0.0)
     with av.open(str(tmp_path / "odd.mp4")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (66, 34)
+
+
+def test_videos_of_one_name_keep_their_own(clip: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    """The second took the place of the first without a word; and a pattern found no video."""
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(clip, tmp_path / folder)
+    result = detect(f"{tmp_path}/[xy]/*.mp4", "-o", tmp_path / "out", "--engine", tiny_engine)
+    assert result.exit_code == 0, result.output
+    names = {f"clip.mp4{number}.{end}" for number in ("", "-2") for end in ("edges.mp4", "frames.jsonl")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_frames_keep_their_times(tiny_engine: Path, tmp_path: Path) -> None:
+    """Phones record no fixed rate; numbers of frames by the mean rate were given as times."""
+    times = [0, 100, 200, 1000, 1100, 3000]
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, milliseconds in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert detect(tmp_path / "a.mp4", "-o", tmp_path / "out", "--engine", tiny_engine).exit_code == 0
+    lines = (tmp_path / "out/a.frames.jsonl").read_text().splitlines()
+    assert [json.loads(line)["time"] * 1000 for line in lines] == times
+    with av.open(str(tmp_path / "out/a.edges.mp4")) as container:
+        assert [round(frame.time * 1000) for frame in container.decode(video=0)] == times
+
+
+def test_phone_videos_are_upright(tmp_path: Path) -> None:
+    """Phones store frames as the sensor lies and say beside them how to turn: they came out on their side."""
+    frame = np.full((48, 64, 3), 30, np.uint8)
+    frame[:, :16] = 220  # on the left; upright, after a quarter clockwise, on top
+    content = bytearray(record(tmp_path / "a.mp4", [frame] * 3).read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    with open_video(tmp_path / "a.mp4") as turned:
+        _, picture = next(turned.frames)
+    assert picture.shape == (64, 48, 3) and picture[:12].mean() > 200 and picture[20:].mean() < 50
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video at all" * 50])

@@ -25,7 +25,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{_shortened(target.name)}.", suffix=".tmp")
     except OSError as error:
         raise OutputError(_explain(target, error)) from error
     try:
@@ -66,6 +66,12 @@ def make_folder(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(_explain(Path(folder), error)) from error
+
+
+def _shortened(name: str) -> str:
+    """A file's name, cut where what is added to it would make it longer than file systems allow: 255 bytes."""
+    in_bytes = os.fsencode(name)
+    return name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors="ignore")
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections import deque
@@ -157,7 +158,7 @@ class EdgeDetector:
         """Edges of any number of pictures, in order, while the next ones are decoded in threads.
 
         Args:
-            images: taken from as needed, in the caller's thread.
+            images: taken from as needed, in the caller's thread. One array or tensor of them has four axes.
             batch: the most pictures that go through the engine together. Those that were decoded while the engine
                 was busy go; none waits for another.
             prefetch: pictures decoded ahead; at least `batch`.
@@ -171,8 +172,9 @@ class EdgeDetector:
         for name, value in {"batch": batch, "prefetch": prefetch}.items():
             if not is_whole(value) or value < 1:
                 raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
-        single = (str, bytes, bytearray, memoryview, os.PathLike, PIL.Image.Image)
-        if isinstance(images, single) or not isinstance(images, Iterable):
+        single = (str, bytes, bytearray, memoryview, os.PathLike, io.IOBase, PIL.Image.Image)
+        # The rows of one array, or the channels of one tensor, would each pass for a grey picture.
+        if isinstance(images, single) or not isinstance(images, Iterable) or getattr(images, "ndim", 0) in (2, 3):
             kind = type(images).__name__
             raise ArgumentError(f"Expected several images, got one {kind}. Use run, or pass a list.")
         return self._stream(images, batch, prefetch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,8 @@ def _figure(number: int, exhibit: Exhibit) -> str:
     size = f'width="{exhibit.width}" height="{exhibit.height}" loading="lazy"'
     return f"""<figure id="photo-{number}">
 <div class="pair">
-<img class="right" src="{html.escape(right)}" alt={json.dumps(f"{title}, right")} {size}>
-<img class="left" src="{html.escape(left)}" alt={json.dumps(f"{title}, left")} {size}>
+<img class="right" src="{html.escape(right)}" alt="{title}, right" {size}>
+<img class="left" src="{html.escape(left)}" alt="{title}, left" {size}>
 <span class="line"></span>
 <input type="range" min="0" max="100" value="50" aria-label="{title}: how much of the left picture is shown, percent">
 </div>

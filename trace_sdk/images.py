@@ -229,6 +229,7 @@ def _to_rgb(picture: PIL.Image.Image, source: str) -> NDArray[np.uint8]:
 def _from_array(array: NDArray[Any], source: str) -> NDArray[np.uint8]:
     if isinstance(array, np.ma.MaskedArray):
         raise ImageError(f"{source}: is a masked array. Fill the masked values first (array.filled(...)).")
+    array = np.asarray(array)  # a matrix, too, which has two axes whatever is done to it
     if array.ndim == 4:
         raise ImageError(
             f"{source}: shape {array.shape} is a batch. Pass the images one by one, or use run_batch(array)."

@@ -29,7 +29,6 @@ MIN_OVERLAP = 0.3  # IoU of boxes from which two frames may show one instance
 FORGET = 1.0  # seconds after which an instance that is not seen loses its number
 _FILL = 0.45  # opacity of the colours over the picture
 _FALLBACK_RATE = Fraction(25)
-_CLOCK = Fraction(1, 1000)  # seconds: unit of time in the videos of a camera
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,8 @@ class Clip:
     Attributes:
         name: for messages.
         rate: frames a second, as the file or camera says.
-        frames: seconds from the start and uint8 [H, W, 3] RGB of each.
+        frames: seconds from the start and uint8 [H, W, 3] RGB of each, upright.
+        clock: seconds, the unit of these times.
         count: frames as the file says, or as its length and rate say; 0 if unknown.
         live: from a camera, whose frames come when they are there, and which ends when it is interrupted.
     """
@@ -47,6 +47,7 @@ class Clip:
     name: str
     rate: Fraction
     frames: Iterator[tuple[float, NDArray[np.uint8]]]
+    clock: Fraction = Fraction(1, 1000)
     count: int = 0
     live: bool = False
 
@@ -154,13 +155,19 @@ def open_video(video: Path) -> Iterator[Clip]:
         count = stream.frames or round((container.duration or 0) / av.time_base * float(stream.average_rate or 0))
 
         def frames() -> Iterator[tuple[float, NDArray[np.uint8]]]:
+            start: float | None = None
             try:
                 for number, frame in enumerate(container.decode(stream)):
-                    yield float(number / rate), np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                    # Phones keep no fixed rate, and store pictures as their sensor lies, with the turn beside them.
+                    seconds = float(number / rate) if frame.time is None else frame.time
+                    start = seconds if start is None else start
+                    picture = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                    turns = round(getattr(frame, "rotation", 0) / 90)  # PyAV 14.0 does not tell
+                    yield seconds - start, np.rot90(picture, turns)
             except (OSError, ValueError) as error:
                 raise ImageError(f"{video} is damaged ({error}). Give a whole file.") from error
 
-        yield Clip(str(video), rate, frames(), count)
+        yield Clip(str(video), rate, frames(), stream.time_base or 1 / rate, count)
 
 
 @contextmanager
@@ -257,9 +264,8 @@ def _writer(av: Any, file: IO[bytes], clip: Clip) -> Iterator[Write]:
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=clip.rate)
         stream.pix_fmt = "yuv420p"
-        # What a camera shows keeps its time, however fast the engine is.
-        clock = _CLOCK if clip.live else 1 / clip.rate
-        stream.codec_context.time_base = clock
+        # Each frame keeps its time; of a camera however fast the engine is.
+        stream.codec_context.time_base = clip.clock
         last = -1
 
         def write(picture: NDArray[np.uint8], seconds: float) -> None:
@@ -270,8 +276,8 @@ def _writer(av: Any, file: IO[bytes], clip: Clip) -> Iterator[Write]:
             if not stream.codec_context.is_open:
                 stream.height, stream.width = even.shape[:2]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-            last = max(last + 1, round(seconds / clock))
-            frame.pts, frame.time_base = last, clock
+            last = max(last + 1, round(seconds / clip.clock))
+            frame.pts, frame.time_base = last, clip.clock
             for packet in stream.encode(frame):
                 container.mux(packet)
 

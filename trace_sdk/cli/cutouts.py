@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -62,8 +63,8 @@ def command(
     with progress("cutouts", total=len(jobs)) as advance:
         for job in jobs:
             try:
-                key = made_of.key(read_photo(job.photo), str(job.name).encode())
-                place = records.key(str(job.name).encode())
+                key = made_of.key(read_photo(job.photo), os.fsencode(job.name))
+                place = records.key(os.fsencode(job.name))
                 last = records.get(place) or {"of": None, "cutouts": []}
                 if last["of"] != key:
                     cutouts = cut_out(detector.run(job.photo), min_score)
@@ -80,6 +81,7 @@ def command(
                 say_error(error)
             advance(note=job.photo.name)
     trouble = f", {failed} failed" if failed else ""
-    output.print(f"{len(jobs) - failed} photos → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
+    done = f"{len(jobs) - failed} photo{'' if len(jobs) - failed == 1 else 's'}"
+    output.print(f"{done} → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos
+from trace_sdk.cli.photos import find_photos, write_jpeg
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
 
@@ -76,14 +75,16 @@ def command(
       trace-sdk detect clip.mp4 -o out/ --overlay        a video, with instances that keep their colour
       trace-sdk detect camera:0 -o out/ --overlay        the first camera, until Ctrl-C
 
-    A video that you name (mp4, mov, mkv, avi, webm) gives OUT/NAME.edges.mp4, with --overlay OUT/NAME.overlay.mp4, and
-    OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame to frame; pip install
-    'trace-sdk[video]'. So does a camera, camera:0 or just 0 (NAME is camera-0), until it is interrupted.
+    A video that you name (mp4, mov, mkv, avi, webm; or a quoted pattern that ends so) gives OUT/NAME.edges.mp4, with
+    --overlay OUT/NAME.overlay.mp4, and OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame
+    to frame; pip install 'trace-sdk[video]'. So does a camera, camera:0 or just 0 (NAME is camera-0), until it is
+    interrupted.
 
     A file that cannot be read is reported and the others are still done. Two photos that would share one
-    name (a.jpg and a.png) keep their suffix: a.jpg.edges.png. In folders, files that are no photos by their
-    suffix, hidden files and earlier results (*.edges.*, *.overlay.jpg) are passed over; files that you name
-    are always tried.
+    name (a.jpg and a.png) keep their suffix: a.jpg.edges.png; those of one name in two folders are numbered:
+    a.jpg-2.edges.png. In folders, files that are no photos by their
+    suffix, hidden files, the output folder and earlier results (*.edges.*, *.overlay.jpg) are passed over; files
+    that you name are always tried.
 
     \b
     Exit code:
@@ -92,17 +93,22 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; finished files are whole, run it again to go on
     """
-    videos = [
-        name for name in photos if Path(name).suffix.lower() in _VIDEO_SUFFIXES or camera_number(name) is not None
+    numbered = {name: camera_number(name) for name in photos}
+    cameras = {number for number in numbered.values() if number is not None}
+    clips = [
+        name for name, number in numbered.items() if number is None and Path(name).suffix.lower() in _VIDEO_SUFFIXES
     ]
-    pictures = [name for name in photos if name not in videos]
-    jobs = find_photos(pictures, out) if pictures or not videos else []
+    pictures = [name for name, number in numbered.items() if number is None and name not in clips]
+    videos = [(job.photo, out / job.name) for job in find_photos(clips, out)] if clips else []
+    jobs = find_photos(pictures, out) if pictures else []
 
     from trace_sdk.detector import EdgeDetector
 
     start = time.perf_counter()
     detector = EdgeDetector(engine, device=device, size=size, buckets=numbers(buckets), runtime=runtime)
-    failed = sum(not _detect_video(detector, name, out, overlay) for name in videos)
+    failed = sum(not _detect_video(detector, video, stem, overlay) for video, stem in videos)
+    for number in sorted(cameras):
+        failed += not _detect_video(detector, number, out / f"camera-{number}", overlay)
     if not jobs:
         if failed:
             raise click.exceptions.Exit(FAILED)
@@ -113,14 +119,13 @@ def command(
             for job in jobs:
                 try:
                     edges = detector.run(job.photo)
+                    edges.save(out / f"{job.name}.edges.{form}")
+                    if overlay:
+                        write_jpeg(edges.overlay(), out / f"{job.name}.overlay.jpg")
                 except InputError as error:
                     failed += 1
                     say_error(error)
                 else:
-                    edges.save(out / f"{job.name}.edges.{form}")
-                    if overlay:
-                        with write_whole(out / f"{job.name}.overlay.jpg") as file:
-                            edges.overlay().save(file, "JPEG", quality=92)
                     timings.append(edges.info["timings"])
                 advance(note=job.photo.name)
     except KeyboardInterrupt:
@@ -136,14 +141,12 @@ def command(
         raise click.exceptions.Exit(FAILED)
 
 
-def _detect_video(detector: EdgeDetector, source: str, out: Path, overlay: bool) -> bool:
-    """False where it failed, which is said."""
+def _detect_video(detector: EdgeDetector, source: Path | int, stem: Path, overlay: bool) -> bool:
+    """A file, or a camera by its number. False where it failed, which is said."""
     from trace_sdk.video import detect_video, open_camera, open_video
 
-    number = camera_number(source)
-    stem = out / (Path(source).stem if number is None else f"camera-{number}")
     try:
-        with open_video(Path(source)) if number is None else open_camera(number) as clip:
+        with open_camera(source) if isinstance(source, int) else open_video(source) as clip:
             if clip.live:
                 errors.print(f"Watching {clip.name}; Ctrl-C ends it.")
             with progress(clip.name, total=clip.count) as advance:

@@ -27,8 +27,8 @@ from trace_sdk.errors import ArgumentError
     "folders",
     multiple=True,
     metavar="NAME=DIR",
-    help="Edge maps made elsewhere, one a photo: DIR/STEM.png (8 or 16 bit grey) or .npy (float in [0, 1]), "
-    "as large as the photo; sub-folders DIR/DATASET/ are looked into first. Repeatable.",
+    help="Edge maps made elsewhere, one a photo: DIR/STEM.png (8 or 16 bit grey), .npy or .tif (float in "
+    "[0, 1]), as large as the photo; sub-folders DIR/DATASET/ are looked into first. Repeatable.",
 )
 @click.option(
     "--masks",

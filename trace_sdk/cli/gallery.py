@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos
+from trace_sdk.cli.photos import find_photos, write_jpeg
 from trace_sdk.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; no page is written
     """
+    if annotations is not None and masks is None:
+        raise ArgumentError("--annotations names the images of --masks. Give both, or none.")
     jobs = find_photos(photos, out)
 
     from trace_sdk.detector import EdgeDetector
@@ -74,31 +76,35 @@ def command(
     failed = 0
     with progress("gallery", total=len(jobs)) as advance:
         for job in jobs:
+            files = []
             try:
                 edges = detector.run(job.photo)
                 pictures = _pictures(edges, threshold, hatch)
                 if masks is not None:
                     pictures += _mask_pictures(edges, shown.get(job.photo.resolve()), masks, threshold)
+                for caption, picture in pictures:
+                    name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
+                    write_jpeg(picture.convert("RGB"), out / name, quality=88)
+                    files.append((caption, quote(os.fsencode(name))))
             except InputError as error:
                 failed += 1
                 say_error(error)
-                advance(note=job.photo.name)
-                continue
-            files = []
-            for caption, picture in pictures:
-                name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
-                with write_whole(out / name) as file:
-                    picture.convert("RGB").save(file, "JPEG", quality=88)
-                files.append((caption, quote(name.as_posix())))
-            height, width = edges.probability.shape
-            note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
-            exhibits.append(Exhibit(job.relative.as_posix(), width, height, tuple(files), note))
+            else:
+                height, width = edges.probability.shape
+                note = f"{edges.info['engine']}, {edges.info['timings']['total']:.0f} ms"
+                exhibits.append(Exhibit(_shown(job.relative), width, height, tuple(files), note))
             advance(note=job.photo.name)
     write_page(out / "index.html", title, exhibits)
     trouble = f", {failed} failed" if failed else ""
-    output.print(f"{len(exhibits)} photos → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
+    done = f"{len(exhibits)} photo{'' if len(exhibits) == 1 else 's'}"
+    output.print(f"{done} → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _shown(name: Path) -> str:
+    """A name for people: bytes that are no text, as old archives have them, are replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _pictures(edges: EdgeMap, threshold: float | None, hatch: bool) -> list[tuple[str, Image]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import click
 
-from trace_sdk.atomic import write_text, write_whole
+from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import cut_options, engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.cli.photos import find_photos, read_photo, write_jpeg
 from trace_sdk.errors import InputError
 
 
@@ -79,12 +80,11 @@ def command(
                 file_name = (job.relative if names[job.relative] == 1 else job.photo).as_posix()
                 picture = out / f"{job.name}.instances.jpg"
                 try:
-                    key = parts.key(read_photo(job.photo), file_name.encode(), str(job.name).encode())
+                    key = parts.key(read_photo(job.photo), os.fsencode(file_name), os.fsencode(job.name))
                     part = parts.get(key) if picture.is_file() else None
                     if part is None:
                         found = detector.run(job.photo).instances(threshold, min_area=min_area)
-                        with write_whole(picture) as file:
-                            found.plot().save(file, "JPEG", quality=92)
+                        write_jpeg(found.plot(), picture)
                         coco = found.to_coco(file_name=file_name)
                         part = {"image": coco["images"][0], "annotations": coco["annotations"]}
                         parts.put(key, part)

@@ -1,4 +1,4 @@
-"""Which photos a command is to do, and what their results are called."""
+"""Which photos a command is to do, what their results are called, and pictures among these."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+LONGEST_JPEG = 65_500  # pixels, of libjpeg
 _OURS = (".edges.png", ".edges.tif", ".overlay.jpg", ".instances.jpg")
 
 
@@ -29,11 +35,13 @@ class PhotoJob:
 def find_photos(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
     """Every photo of files, folders and patterns once, with names that don't clash.
 
+    `out`, the folder for the results, may lie in a folder of photos; it is passed over there.
+
     Raises:
         click.UsageError: there is none.
         OutputError: `out` is a file.
     """
-    jobs = _named(_found(arguments))
+    jobs = _named(_found(arguments, out.resolve()))
     if not jobs:
         suffixes = " ".join(sorted(PHOTO_SUFFIXES))
         raise click.UsageError(f"No photo found in {', '.join(arguments)}. In folders, photos are: {suffixes}")
@@ -50,30 +58,43 @@ def read_photo(photo: Path) -> bytes:
         raise ImageError(f"{photo}: {error.strerror}. Check the name and its permissions.") from error
 
 
-def _found(arguments: Iterable[str]) -> list[PhotoJob]:
+def write_jpeg(picture: Image, file: Path, quality: int = 92) -> None:
+    """Write a picture, whole or not at all. Raises ImageError if it is too long for a JPEG, and OutputError."""
+    if max(picture.size) > LONGEST_JPEG:
+        raise ImageError(
+            f"{file} cannot be written: a JPEG has at most {LONGEST_JPEG} pixels a side, this picture is "
+            f"{picture.width}x{picture.height}. Cut the photo up."
+        )
+    with write_whole(file) as opened:
+        picture.save(opened, "JPEG", quality=quality)
+
+
+def _found(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
     """Every photo once, in the order of the arguments, folders sorted by name."""
     jobs: dict[Path, PhotoJob] = {}
     for argument in arguments:
-        for job in _expanded(argument):
+        for job in _expanded(argument, out):
             jobs.setdefault(job.photo.absolute(), job)
     return list(jobs.values())
 
 
-def _expanded(argument: str) -> Iterator[PhotoJob]:
+def _expanded(argument: str, out: Path) -> Iterator[PhotoJob]:
     if not os.path.lexists(argument) and glob.has_magic(argument):
         # Path.glob refuses absolute patterns.
         for match in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207
-            yield from _file_or_folder(Path(match))
+            yield from _file_or_folder(Path(match), out)
     else:
-        yield from _file_or_folder(Path(argument))
+        yield from _file_or_folder(Path(argument), out)
 
 
-def _file_or_folder(path: Path) -> Iterator[PhotoJob]:
+def _file_or_folder(path: Path, out: Path) -> Iterator[PhotoJob]:
     if not path.is_dir():
         yield PhotoJob(path, Path(path.name), Path(path.name))
         return
     for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and Path(folder, name).resolve() != out
+        )
         for name in sorted(names):
             hidden_or_ours = name.startswith(".") or name.endswith(_OURS)
             if Path(name).suffix.lower() in PHOTO_SUFFIXES and not hidden_or_ours:

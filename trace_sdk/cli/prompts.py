@@ -95,7 +95,8 @@ def command(
                 write_text(out / f"{job.name}.prompts.json", json.dumps(content))
             advance(note=job.photo.name)
     trouble = f", {failed} failed" if failed else ""
-    output.print(f"{len(jobs) - failed} photos → {out}{trouble}: {count} prompts", markup=False, soft_wrap=True)
+    done = f"{len(jobs) - failed} photo{'' if len(jobs) - failed == 1 else 's'}"
+    output.print(f"{done} → {out}{trouble}: {count} prompts", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +80,8 @@ class Answer:
     "--edges",
     "folder",
     type=click.Path(path_type=Path),
-    help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey) or .npy, or as `trace-sdk detect` names "
-    "them; needs --threshold.",
+    help="Edge maps made elsewhere in place of an engine: DIR/STEM.png (grey), .npy or .tif, or as `trace-sdk detect` "
+    "names them, in the photos' sub-folders or all in one; needs --threshold.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that refine.")
 @engine_options
@@ -133,12 +132,15 @@ def command(
     from trace_sdk import __version__
     from trace_sdk.instances.predictions import read_predictions
 
+    if out.resolve() in {file.resolve() for file in (masks, annotations) if file is not None}:
+        raise ArgumentError(f"{out} is read here. Give the refined masks a file of their own (-o).")
     on_bad = BadEntries(skip_bad)
     start = time.perf_counter()
     predictions = read_predictions(masks, images, annotations, on_bad)
     if not predictions.images:
         raise DatasetError(f"{masks} has no mask of a photo in {images}. Give the folder of its photos.")
-    edges_of, made_with = _edge_source(engine, device, size, folder, threshold)
+    find = None if folder is None else _finder(folder, images, [image.photo for image in predictions.images])
+    edges_of, made_with = _edge_source(engine, device, size, folder, find, threshold)
     parts = Parts(out.with_name(f"{out.name}.parts"), {"version": __version__, **made_with})
     refined: list[dict[str, Any]] = []
     edge_seconds = refine_seconds = 0.0
@@ -170,7 +172,7 @@ def command(
                 key, part, future = "", None, None
                 try:
                     facts = json.dumps([image.id, image.size, image.entries]).encode()
-                    own = b"" if folder is None else _edge_file(folder, image.photo).read_bytes()
+                    own = b"" if find is None else read_photo(find(image.photo))
                     key = parts.key(read_photo(image.photo), facts, own)
                     part = parts.get(key)
                     known += part is not None
@@ -219,15 +221,21 @@ def command(
 
 
 def _edge_source(
-    engine: str | None, device: str, size: int | None, folder: Path | None, threshold: float | None
+    engine: str | None,
+    device: str,
+    size: int | None,
+    folder: Path | None,
+    find: Callable[[Path], Path] | None,
+    threshold: float | None,
 ) -> tuple[Callable[[Path], EdgeMap | EdgeFile], dict[str, Any]]:
-    """Photo → edges, and what they depend on."""
-    if folder is not None:
-        if threshold is None or engine is not None:
-            raise ArgumentError("--edges takes the place of --engine, and needs a --threshold of its own.")
+    """Photo → edges, and what they depend on. find: photo → file of its edges in `folder`."""
+    if folder is not None and find is not None:
+        if threshold is None or engine is not None or size is not None:
+            raise ArgumentError("--edges takes the place of --engine and --size, and needs a --threshold of its own.")
         if not folder.is_dir():
             raise DatasetError(f"{folder} is not a folder. Give the folder of the edge maps.")
-        return partial(_edges_elsewhere, folder, threshold), {"edges": folder.name, "threshold": threshold}
+        made = {"edges": folder.name, "threshold": threshold}
+        return lambda photo: EdgeFile(find(photo), photo, threshold), made
 
     from trace_sdk.detector import EdgeDetector
 
@@ -235,17 +243,23 @@ def _edge_source(
     return detector.run, engine_facts(detector, threshold)
 
 
-def _edge_file(folder: Path, photo: Path) -> Path:
-    from trace_sdk.evaluation.methods import edge_file
+def _finder(folder: Path, images: Path, photos: Sequence[Path]) -> Callable[[Path], Path]:
+    """Photo → its edge map in a folder that keeps the sub-folders of `images`, or has none."""
+    stems = Counter(photo.stem for photo in photos)
 
-    file = edge_file(folder, photo.stem)
-    if file is None:
-        raise DatasetError(f"{folder / photo.stem}.png is missing: --edges needs an edge map of every photo.")
-    return file
+    def find(photo: Path) -> Path:
+        from trace_sdk.evaluation.methods import edge_file
 
+        own = folder / photo.relative_to(images).parent if photo.is_relative_to(images) else folder
+        file = edge_file(own, photo.stem)
+        # Photos of one name in two sub-folders must not share a map.
+        if file is None and stems[photo.stem] == 1:
+            file = edge_file(folder, photo.stem)
+        if file is None:
+            raise DatasetError(f"{own / photo.stem}.png is missing: --edges needs an edge map of every photo.")
+        return file
 
-def _edges_elsewhere(folder: Path, threshold: float, photo: Path) -> EdgeFile:
-    return EdgeFile(_edge_file(folder, photo), photo, threshold)
+    return find
 
 
 def _job(edges: EdgeMap | EdgeFile, image: PredictedImage, file: Path, threshold: float | None) -> Answer:

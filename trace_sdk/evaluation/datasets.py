@@ -65,12 +65,12 @@ class Dataset:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a folder in one of the three layouts above, told by what lies in it.
+    """Open a folder in one of the four layouts above, told by what lies in it.
 
     Samples are read lazily; a malformed file raises DatasetError when its sample is read.
 
     Raises:
-        DatasetError: not a folder, none of the layouts, empty, or an instances.json that is malformed.
+        DatasetError: not a folder, none of the layouts, empty, or an instances.json or panoptic.json that is malformed.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -134,7 +134,7 @@ def _open_coco(folder: Path) -> Dataset:
                 f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
                 f"is {width}x{height}. Use the photos the annotations were made for."
             )
-        masks = [(_decode_mask(a, height, width, file), a.get("category_id")) for a in marked[image["id"]]]
+        masks = [(annotated_mask(a, height, width, file), a.get("category_id")) for a in marked[image["id"]]]
         masks.sort(key=lambda pair: -int(pair[0].sum()))
         ids = np.zeros((height, width), np.int32)
         for number, (mask, _) in enumerate(masks, start=1):
@@ -170,12 +170,13 @@ def _open_panoptic(folder: Path) -> Dataset:
     return _filled(Dataset(folder.resolve().name, folder, "panoptic", tuple(sorted(names)), read))
 
 
-def _decode_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
-    from trace_sdk.instances.coco import decode_mask
+def annotated_mask(annotation: dict[str, Any], height: int, width: int, file: Path) -> NDArray[np.bool_]:
+    """The mask of an entry of a COCO `file`, bool [height, width]. Raises DatasetError if it cannot be read."""
+    from trace_sdk.instances.coco import UNREADABLE, decode_mask
 
     try:
         return decode_mask(annotation.get("segmentation"), height, width)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         where = f"{file}: annotation {annotation.get('id')}"
         raise DatasetError(f"{where} has no readable mask ({_short(error)}). Correct or remove it.") from error
 
@@ -256,6 +257,16 @@ def _read(file: Path, mode: str | None = None) -> NDArray[Any]:
     # Pillow's decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DatasetError(f"{file} cannot be read ({_short(error)}). Put the whole file there.") from error
+
+
+def stored_size(photo: Path) -> tuple[int, int]:
+    """(width, height) as a photo is stored, without its pixels. Raises DatasetError if it cannot be read."""
+    try:
+        with Image.open(photo) as image:
+            return image.size
+    # As above.
+    except Exception as error:
+        raise DatasetError(f"{photo} cannot be read ({_short(error)}). Put the whole file there.") from error
 
 
 def _short(error: Exception) -> str:

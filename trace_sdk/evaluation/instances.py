@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
+from pycocotools import mask as codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.evaluation.datasets import annotated_mask, stored_size
 from trace_sdk.instances.coco import encode_mask
 from trace_sdk.instances.predictions import decode_entries, read_predictions
 
@@ -50,31 +51,46 @@ def score_file(folder: str | Path, file: str | Path, names: Collection[str] | No
         names: stems of the photos to look at; None: all.
 
     Raises:
-        DatasetError: a file is missing or malformed, or a mask is.
+        DatasetError: a file is missing or malformed, or a mask or a photo is.
     """
     source = Path(folder) / "instances.json"
     predictions = read_predictions(
         Path(file), Path(folder) / "images", source, _refuse, class_agnostic=True, by_name=True
     )
     truth = json.loads(source.read_bytes())
-    wanted = {i["id"] for i in truth["images"] if names is None or Path(str(i["file_name"])).stem in names}
+    sizes = {
+        image["id"]: (image["width"], image["height"])
+        if {"width", "height"} <= image.keys()
+        else stored_size(source.parent / "images" / str(image["file_name"]))
+        for image in truth["images"]
+        if names is None or Path(str(image["file_name"])).stem in names
+    }
     results = []
     for image in predictions.images:
-        if image.id not in wanted or not image.entries:
+        if image.id not in sizes or not image.entries:
             continue
-        with Image.open(image.photo) as photo:
-            width, height = photo.size
+        width, height = stored_size(image.photo)
         for entry, mask in decode_entries(image, height, width, Path(file), _refuse):
             results.append(
                 {"image_id": image.id, "segmentation": encode_mask(mask), "score": float(entry.get("score", 1.0))}
             )
-    return score_masks(
-        {
-            "images": [image for image in truth["images"] if image["id"] in wanted],
-            "annotations": [a for a in truth["annotations"] if a["image_id"] in wanted],
-        },
-        results,
-    )
+    images = [{"id": number, "width": width, "height": height} for number, (width, height) in sizes.items()]
+    return score_masks({"images": images, "annotations": _annotations(source, truth, sizes)}, results)
+
+
+def _annotations(source: Path, truth: Mapping[str, Any], sizes: Mapping[Any, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Annotations of the images in `sizes`, with all that COCO's evaluation takes: tools leave out some of it."""
+    listed = truth.get("annotations")
+    if not isinstance(listed, list) or not all(isinstance(one, dict) and "image_id" in one for one in listed):
+        raise DatasetError(f"{source} has an annotation without image_id, or no list of them. Download it again.")
+    found = []
+    for one in listed:
+        if one["image_id"] in sizes:
+            width, height = sizes[one["image_id"]]
+            rle = encode_mask(annotated_mask(one, height, width, source))
+            kept = {"image_id": one["image_id"], "iscrowd": int(bool(one.get("iscrowd")))}
+            found.append({**kept, "segmentation": rle, "bbox": codec.toBbox(rle).tolist(), "area": codec.area(rle)})
+    return found
 
 
 def _refuse(error: DatasetError) -> NoReturn:
@@ -85,7 +101,7 @@ def score_masks(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
     """Compare masks with ground truth; categories are ignored.
 
     Args:
-        truth: a COCO data set: images, annotations with segmentation, area, bbox and iscrowd.
+        truth: a COCO data set: images with id, annotations with image_id, segmentation, area and bbox.
         results: COCO results of those images: image_id, segmentation (RLE), score; possibly none.
 
     Raises:
@@ -121,6 +137,9 @@ def score_masks(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
 
 
 def _one_category(truth: Mapping[str, Any]) -> dict[str, Any]:
-    # createIndex and loadRes write into their entries, so they get copies.
-    annotations = [{"iscrowd": 0, **annotation, "category_id": 1} for annotation in truth["annotations"]]
+    # createIndex and loadRes write into their entries, so they get copies. What has id 0 counts as never found.
+    annotations = [
+        {"iscrowd": 0, **annotation, "category_id": 1, "id": number}
+        for number, annotation in enumerate(truth["annotations"], start=1)
+    ]
     return {"images": [dict(image) for image in truth["images"]], "annotations": annotations}

@@ -84,7 +84,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class EdgeFolder:
-    """Edge maps made elsewhere, FOLDER/DATASET/STEM.png or FOLDER/STEM.png, 8 or 16 bit, or .npy, float.
+    """Edge maps made elsewhere, FOLDER/DATASET/STEM.png or FOLDER/STEM.png, see `edge_file` and `read_edges`.
 
     Raises:
         DatasetError: the folder is missing.
@@ -141,13 +141,16 @@ def check_names(methods: Sequence[Method]) -> None:
 
 
 def edge_file(folder: Path, stem: str) -> Path | None:
-    """FOLDER/STEM.npy or .png, or as `trace-sdk detect` names them STEM.edges.npy or .png; None if there is none."""
-    suffixes = (".npy", ".png", ".edges.npy", ".edges.png")
+    """FOLDER/STEM.npy, .png or .tif, or as `trace-sdk detect` names them STEM.edges.npy …; None if there is none."""
+    suffixes = (".npy", ".png", ".tif", ".edges.npy", ".edges.png", ".edges.tif")
     return next((file for suffix in suffixes if (file := folder / f"{stem}{suffix}").is_file()), None)
 
 
 def read_edges(file: Path) -> NDArray[np.float32]:
-    """An edge map made elsewhere: grey .png of 8 or 16 bit, or float .npy in [0, 1] → float32 [H, W].
+    """An edge map made elsewhere: grey .png or .tif, whole numbers up to white, or float .npy or .tif in [0, 1].
+
+    Returns:
+        float32 [H, W].
 
     Raises:
         DatasetError: unreadable, of another kind, or out of range.
@@ -157,11 +160,12 @@ def read_edges(file: Path) -> NDArray[np.float32]:
             edges = np.load(file, allow_pickle=False)
         else:
             with Image.open(file) as image:
-                edges = np.asarray(image)
+                # Numbers of a palette are no grey values.
+                edges = np.asarray(image.convert("L") if image.mode in ("1", "P") else image)
     # Decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DatasetError(f"{file} cannot be read ({type(error).__name__}). Write it again.") from error
-    if edges.dtype.kind in "iu" and edges.ndim == 2 and file.suffix == ".png":
+    if edges.dtype.kind in "iu" and edges.ndim == 2 and file.suffix != ".npy":
         edges = edges.astype(np.float32) / (255 if edges.dtype == np.uint8 else 65535)
     if edges.ndim != 2 or edges.dtype.kind != "f":
         raise DatasetError(f"{file} is {edges.dtype} {list(edges.shape)}; write grey PNG or a float array [H, W].")

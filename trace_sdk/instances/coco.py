@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as codec
 
+# What `decode_mask` raises.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 _LONGEST = 7  # characters of a compressed run length: 34 bits and a sign
 
 CATEGORY = {"id": 1, "name": "instance", "supercategory": "instance"}
@@ -22,7 +24,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
         bool [H, W].
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none of them, or not of this size.
+        UNREADABLE: it is none of them, or not of this size.
     """
     if not isinstance(segmentation, (list, dict)):
         raise ValueError(f"{segmentation!r:.40} is neither a list of polygons nor run lengths")
@@ -34,7 +36,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
 
 def encode_runs(counts: Sequence[int], height: int, width: int) -> dict[str, Any]:
     """Run lengths of 0, 1, 0, … down the columns → COCO RLE with compressed counts as text."""
-    runs = codec.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
+    # A last run of no pixel is valid, but pycocotools writes none.
+    kept = list(counts[:-1] if counts[-1] == 0 else counts)
+    runs = codec.frPyObjects({"size": [height, width], "counts": kept}, height, width)
     return {"size": [height, width], "counts": runs["counts"].decode("ascii")}
 
 

@@ -37,6 +37,7 @@ class Hierarchy:
         totals: float64 [M], edge probability summed over those pairs (of a pair the larger).
         merges: int32 [≤ R − 1, 2], two pieces of the regions that become one, in order.
         heights: float64 [≤ R − 1], mean probability along the border that each merge removes, ascending.
+        step: side of the square of pixels that a working pixel stands for.
     """
 
     pieces: NDArray[np.int32]
@@ -46,6 +47,7 @@ class Hierarchy:
     totals: NDArray[np.float64]
     merges: NDArray[np.int32]
     heights: NDArray[np.float64]
+    step: int
 
     def cut(self, threshold: float, min_area: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """The partition whose regions are separated by borders of mean probability `threshold` or more.
@@ -105,7 +107,7 @@ def build_hierarchy(probability: NDArray[np.float32], seen: int | None = None) -
     pairs, lengths, totals = find_borders(found, edges)
     merges, heights = merge_weakest_first(int(found.max()) + 1, pairs, lengths, totals)
     areas = np.bincount(found.ravel()).astype(np.float64) * (probability.size / found.size)
-    return Hierarchy(found, areas, pairs, lengths, totals, merges, heights)
+    return Hierarchy(found, areas, pairs, lengths, totals, merges, heights, step)
 
 
 def join_specks(
@@ -273,13 +275,12 @@ def merge_tree(count: int, merges: NDArray[np.int32]) -> tuple[NDArray[np.int32]
     return joins, members
 
 
-def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """A map of regions at working size → at full size, int32 `shape`.
+def enlarge(regions: NDArray[np.int32], shape: tuple[int, ...], step: int) -> NDArray[np.int32]:
+    """A map of regions at working size → at full size, int32 `shape`. step: see `Hierarchy`.
 
     The nearest region; along borders the one with the most bilinear weight, so that no blocks show.
     """
     height, width = shape
-    step = -(-height // regions.shape[0])
     if step == 1:
         return regions
     full = np.repeat(np.repeat(regions, step, axis=0), step, axis=1)

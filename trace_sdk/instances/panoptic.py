@@ -9,6 +9,7 @@ labels are never changed and every pixel keeps its class. Stuff of one class is 
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from trace_sdk.instances.walk import Regions
 FILL = 0.55  # opacity of the colours over the picture
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Panoptic:
     """Segments of one picture.
 
@@ -78,6 +79,16 @@ class Panoptic:
         mixed[border] = 255
         return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
 
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.plot().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        height, width = self.ids.shape
+        things = sum(segment["isthing"] for segment in self.segments)
+        return f"Panoptic({things} things, {len(self) - things} stuff in {width}x{height}, labels={self.labels.name!r})"
+
 
 def read_semantic(file: str | Path, labels: LabelSet) -> NDArray[np.int64]:
     """Values of a semantic PNG: grey or palette as they are, colours by the label set's palette; int64 [H, W].
@@ -88,7 +99,8 @@ def read_semantic(file: str | Path, labels: LabelSet) -> NDArray[np.int64]:
     path = Path(file)
     try:
         with PIL.Image.open(path) as picture:
-            values = np.asarray(picture.convert("RGB") if picture.mode == "RGBA" else picture)
+            opaque = {"RGBA": "RGB", "LA": "L"}.get(picture.mode)
+            values = np.asarray(picture.convert(opaque) if opaque else picture)
     # Pillow's decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DatasetError(f"{path} cannot be read ({type(error).__name__}). Put the whole file there.") from error
@@ -116,7 +128,7 @@ def split_things(
 ) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
     """Segment ids, int32 [H, W], and their `Panoptic.segments`; see the module's head for how."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape))
+    regions = Regions(enlarge(of_piece[hierarchy.pieces], probability.shape, hierarchy.step))
     ids = np.zeros(semantic.shape, np.int32)
     owners: list[tuple[int, bool]] = []
     for value in np.unique(semantic):

@@ -8,6 +8,7 @@ plain run lengths, or as polygons.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.errors import DatasetError
-from trace_sdk.instances.coco import decode_mask
+from trace_sdk.instances.coco import UNREADABLE, decode_mask
 
 if TYPE_CHECKING:
     from trace_sdk.edge_map import EdgeMap
     from trace_sdk.instances.propagation import RefinedMasks
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_LARGEST = sys.float_info.max  # whole numbers of JSON may be larger
 _BEYOND = 1.0  # how far polygons may reach over the rim, pixels: tools round differently
 
 OnBad = Callable[[DatasetError], None]
@@ -99,7 +101,8 @@ def read_predictions(
         loaded = _renumbered(loaded, content, listed)
     categories: set[Any] = set()
     if not class_agnostic:
-        categories = {c.get("id") for c in (named or {}).get("categories", []) if isinstance(c, dict)}
+        known = (named or {}).get("categories") or []
+        categories = {c["id"] for c in known if isinstance(c, dict) and _is_id(c.get("id"))}
     grouped = _grouped(loaded, file, listed, categories, on_bad)
     by_number = {} if listed is not None else _photos_by_number(folder)
 
@@ -139,7 +142,7 @@ def decode_entries(
                 raise ValueError(f"it reaches outside the image, which is {width}x{height}")
             if not mask.any():
                 raise ValueError("it is empty")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             on_bad(DatasetError(f"{where} has no usable mask: {reason}. Correct or remove it."))
         else:
@@ -236,8 +239,10 @@ def _wrong(entry: Any, listed: dict[Any, dict[str, Any]] | None, categories: set
     if listed is not None and entry["image_id"] not in listed:
         return f"belongs to image {entry['image_id']}, which is not listed"
     score = entry.get("score", 1.0)
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score < np.inf:
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= _LARGEST:
         return f"has score {score!r}, not a finite number of 0 or more"
+    if isinstance(entry.get("id"), (list, dict)):
+        return f"has id {entry['id']!r:.40}"
     category = entry.get("category_id")
     if not (category is None or _is_id(category)) or (categories and category not in categories):
         return f"has category {category!r}, which is not listed"

@@ -12,7 +12,7 @@ from scipy.ndimage import distance_transform_edt, find_objects
 from trace_sdk.instances.result import Instances
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SamPrompts:
     """One box and P points for each of K instances, best score first.
 
@@ -33,6 +33,10 @@ class SamPrompts:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        return f"SamPrompts({len(self)} boxes with {self.points.shape[1]} points each in {width}x{height})"
 
     @property
     def labels(self) -> NDArray[np.int32]:

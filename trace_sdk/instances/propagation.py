@@ -38,7 +38,7 @@ LEVEL = 0.5  # between the lowest share of the mask in the region (0) and the hi
 ALIKE = 0.4  # IoU of a new outline with the old one
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RefinedMasks:
     """Masks after propagation, best score first; where scores are equal, in an order of their own shape.
 
@@ -60,6 +60,11 @@ class RefinedMasks:
 
     def __len__(self) -> int:
         return len(self.rle)
+
+    def __repr__(self) -> str:
+        height, width = self.shape
+        sides = np.count_nonzero(self.sides)
+        return f"RefinedMasks({len(self) - sides} and {sides} sides in {width}x{height})"
 
     @property
     def masks(self) -> NDArray[np.bool_]:
@@ -84,7 +89,7 @@ def propagate(
 ) -> RefinedMasks:
     """Refine bool [K, H, W] masks of one picture; see the module's head for the steps, `EdgeMap.refine` for use."""
     of_piece, _ = hierarchy.cut(threshold, min_area)
-    pieces = enlarge(hierarchy.pieces, probability.shape)
+    pieces = enlarge(hierarchy.pieces, probability.shape, hierarchy.step)
     regions = Regions(of_piece.take(pieces))
     height, width = probability.shape
     cut = [(index, part) for index, mask in enumerate(masks) for part in cut_at_gaps(BoxedMask.of(mask), probability)]

@@ -246,6 +246,8 @@ def _rings(mask: NDArray[np.bool_], box: tuple[slice, slice]) -> list[NDArray[np
         if np.dot(x[:-1], y[1:]) < np.dot(x[1:], y[:-1]):
             continue  # runs the other way round: a hole
         simple = approximate_polygon(ring, _TOLERANCE)  # type: ignore[no-untyped-call]
+        if len(simple) < 4:
+            simple = ring  # a speck, of which a line would be left
         # Contours go through pixel centres of a framed crop: half a pixel to corners, one back for the frame.
         rings.append(simple[:, ::-1] - 0.5 + (box[1].start, box[0].start))
     return rings
