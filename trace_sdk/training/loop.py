@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -47,7 +50,8 @@ def train_until(
     """Train until `steps` are done, going on from the state in `out` if a run was cut there.
 
     The state and the curves (`curves.csv`, drawn in `curves.png` when it ends) are saved every `save_seconds`, on
-    Ctrl-C and at the end, by process 0 alone where several train as one.
+    Ctrl-C and at the end, by process 0 alone where several train as one. Ctrl-C waits for the end of the step; a second
+    one does not, and what was saved last is then where the next run goes on.
 
     Args:
         workers: processes that prepare batches; 0 prepares the next one in a thread, enough for a CPU's pace.
@@ -66,24 +70,51 @@ def train_until(
 
     def save() -> None:
         if process_index() == 0:
+            history.save()  # first: rows of steps that the state does not have yet are cut off, missing ones are lost
             trainer.save(file)
-            history.save()
 
-    saved = time.monotonic()
+    saved, whole = time.monotonic(), True
     try:
         for batch in batches_ahead(trainer, steps, workers):
-            losses = trainer.train(batch)
-            history.add(trainer.step, losses)
+            with ctrl_c_waits():
+                whole = False
+                losses = trainer.train(batch)
+                history.add(trainer.step, losses)
+                whole = True
             report(trainer.step, losses)
             if time.monotonic() - saved >= save_seconds:
                 save()
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        save()
+        if whole:  # a step half done is nothing to go on from
+            save()
         raise
     save()
     if process_index() == 0:
         history.plot()
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C comes through at the end of the block, a second one at once. Outside of the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def wait(*_: Any) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def batches_ahead(trainer: Trainer[Batch], steps: int, workers: int) -> Iterator[Batch]:
