@@ -68,6 +68,14 @@ def make_folder(folder: str | Path) -> None:
         raise OutputError(_explain(Path(folder), error)) from error
 
 
+def remove(path: str | Path) -> None:
+    """Remove a file, if it is there. Raises OutputError like `write_whole`."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(_explain(Path(path), error)) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

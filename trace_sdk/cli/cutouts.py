@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import click
@@ -52,8 +53,11 @@ def command(
     """
     jobs = find_photos(photos, out)
 
+    from PIL.PngImagePlugin import PngInfo
+
     from trace_sdk.detector import EdgeDetector
     from trace_sdk.instances.cutouts import cut_out
+    from trace_sdk.pretraining.training_images import OF_PHOTO
 
     detector = EdgeDetector(engine, device=device, size=size)
     made_of = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})
@@ -62,14 +66,17 @@ def command(
     with progress("cutouts", total=len(jobs)) as advance:
         for job in jobs:
             try:
-                key = made_of.key(read_photo(job.photo), str(job.name).encode())
+                data = read_photo(job.photo)
+                key = made_of.key(data, str(job.name).encode())
                 place = records.key(str(job.name).encode())
                 last = records.get(place) or {"of": None, "cutouts": []}
                 if last["of"] != key:
                     cutouts = cut_out(detector.run(job.photo), min_score)
+                    about = PngInfo()
+                    about.add_text(OF_PHOTO, hashlib.sha256(data).hexdigest())
                     for number, cutout in enumerate(cutouts, start=1):
                         with write_whole(out / f"{job.name}-{number}.png") as file:
-                            cutout.image.save(file, "PNG")
+                            cutout.image.save(file, "PNG", pnginfo=about)
                     for number in range(len(cutouts) + 1, len(last["cutouts"]) + 1):  # that were there before
                         (out / f"{job.name}-{number}.png").unlink(missing_ok=True)
                     last = {"of": key, "cutouts": [{"box": one.box, "score": round(one.score, 4)} for one in cutouts]}

@@ -48,10 +48,10 @@ def command(
 
     No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. A third of the scenes
     has random shapes of the photos instead; of the others half put cut-outs back into the photo that they came from,
-    which their names tell (PHOTO-1.png, as `trace-sdk cutouts` writes). Of a student with a backbone the decoder
-    learns, with --lora-rank the backbone too. Every folder counts the same, however many pictures it has: keep a few
-    varied, sharp photos in one of their own. The state is saved every two minutes and on Ctrl-C: run the same command
-    again to go on.
+    which `trace-sdk cutouts` writes into them; of other cut-outs the names tell (PHOTO-1.png). Of a student with a
+    backbone the decoder learns, with --lora-rank the backbone too. Every folder counts the same, however many pictures
+    it has: keep a few varied, sharp photos in one of their own. The state is saved every two minutes and on Ctrl-C: run
+    the same command again to go on.
 
     \b
       trace-sdk export runs/nano -o first.onnx

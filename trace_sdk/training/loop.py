@@ -96,7 +96,7 @@ def train_until(
 
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C comes through at the end of the block, a second one at once. Outside of the main thread nothing changes."""
+    """Ctrl-C comes through at the end of the block, a second one at once; there is none outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
