@@ -220,7 +220,9 @@ def test_damaged_label_files(tmp_path: Path, content: bytes) -> None:
 
 def test_plot_draws_a_picture(tiny_backbone: PixelBackbone, photo: np.ndarray, tmp_path: Path) -> None:
     teacher = Teacher(tiny_backbone, SMALL)
+    before = torch.get_rng_state()
     plot(teacher, photo, teacher.annotate(photo), tmp_path / "look.png")
+    assert torch.equal(torch.get_rng_state(), before), "a caller's random numbers go on as they would"
     picture = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"))
     assert picture.shape[1] > 800 and picture.std() > 20
 

@@ -62,6 +62,21 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_no_half(tmp_path: Path) -> None
     assert json.loads((tmp_path / STATE).read_text()) == [2, 2, 2]
 
 
+def test_what_breaks_off_because_of_ctrl_c_is_no_error(tmp_path: Path) -> None:
+    """A terminal sends it to torch's compilers and to the other processes of a training as well."""
+
+    class Broken(Counting):
+        def train(self, batch: int) -> dict[str, float]:
+            if batch == 2:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("c++ was interrupted")
+            return super().train(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until(5, Broken({}), tmp_path, 0, lambda *_: None)
+    assert json.loads((tmp_path / STATE).read_text()) == [2, 2, 2]
+
+
 def test_a_kill_between_two_files_loses_no_row_of_the_curves(tmp_path: Path) -> None:
     """The state was written first: rows up to its step that no file had were never written."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.console import output, progress, status
 from trace_sdk.cli.options import crop_options, learning_options, torch_device_option, workers_option
 
 
@@ -84,7 +84,9 @@ def command(
         ema=ema,
         seed=seed,
     )
-    images = TrainingImages(list(photos), cutouts, backgrounds, seed)
+    with status("pretrain") as note:
+        note("reading every photo once")
+        images = TrainingImages(list(photos), cutouts, backgrounds, seed)
     with progress("pretrain", total=steps, done=steps_done(out)) as advance:
         pretrain(
             images,

@@ -111,6 +111,10 @@ def ctrl_c_waits() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, wait)
     try:
         yield
+    except Exception:
+        if came:  # compilers and other processes that the block waits for got it, too, and broke off
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
