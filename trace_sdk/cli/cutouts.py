@@ -51,6 +51,11 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; run it again to go on
     """
+    place = out.resolve()
+    if inside := next((name for name in photos if Path(name).resolve() in (place, *place.parents)), None):
+        raise click.UsageError(
+            f"{out} lies in {inside}: cut-outs would be taken for photos. Give a folder beside it (-o)."
+        )
     jobs = find_photos(photos, out)
 
     from PIL.PngImagePlugin import PngInfo

@@ -84,6 +84,8 @@ def command(
         ema=ema,
         seed=seed,
     )
+    settings.check()
+    place = torch_device(device)
     with status("pretrain") as note:
         note("reading every photo once")
         images = TrainingImages(list(photos), cutouts, backgrounds, seed)
@@ -93,7 +95,7 @@ def command(
             out,
             settings,
             start=start,
-            device=torch_device(device),
+            device=place,
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )

@@ -69,16 +69,18 @@ def command(
     settings = SelfTrainSettings(
         steps=steps, crops=crops, size=size, lora_rank=lora_rank, learning_rate=learning_rate, seed=seed
     )
+    opened, place = open_student(student), torch_device(device)
+    settings.check(opened)
     with status("self-train") as note:
         note("reading every photo once")
         scenes = OwnScenes(photos, cutouts, seed)
     with progress("self-train", total=steps, done=steps_done(out)) as advance:
         self_train(
-            open_student(student),
+            opened,
             scenes,
             out,
             settings,
-            device=torch_device(device),
+            device=place,
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
         )
