@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed
+from trace_sdk.backbones.latent import read_part
 from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import AttentionCalls, SelfAttention, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
@@ -94,11 +95,7 @@ class PixelBackbone(Placed):
                 f"{folder} holds a {name} with {channels} input channels; a pixel backbone is a "
                 f"FluxTransformer2DModel with {CHANNELS}. Give a folder that `trace-sdk pretrain` wrote."
             )
-        try:
-            model = FluxTransformer2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-        except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
-            raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
-        return cls(model.float().eval(), sha256_of_folder(folder))
+        return cls(read_part(FluxTransformer2DModel, folder, torch.float32).eval(), sha256_of_folder(folder))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""

@@ -86,7 +86,9 @@ from trace_sdk.cli.options import block_option, torch_device_option
     "memory of a latent model.",
 )
 @click.option(
-    "--offload", is_flag=True, help="Keep the weights in the computer's memory; the GPU sees a layer at a time."
+    "--offload",
+    is_flag=True,
+    help="Keep a latent model's weights in the computer's memory; the GPU sees a layer at a time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
