@@ -360,12 +360,24 @@ def test_a_run_of_another_student_is_not_gone_on_with(
         check_same_run(tmp_path / STATE, {"layers": 1}, {"crops": 2}, ("crops",))
 
 
-def test_cut_outs_do_not_go_among_the_photos(plain: Path) -> None:
-    """The next run, and self-train, took them for photos."""
-    for out in (plain, plain / "cut"):
-        result = CliRunner().invoke(main, ["cutouts", str(plain), "-o", str(out)])
-        assert result.exit_code == 2 and "Give a folder beside it" in result.output
-        assert not (plain / "cut").exists()
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("cutouts",),
+        ("label", "--backbone", "none", "--plot"),
+        ("pretrain",),
+        ("self-train", "student", "--cutouts", "none"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_pictures_do_not_go_among_the_photos(command: tuple[str, ...], plain: Path, tmp_path: Path) -> None:
+    """Cut-outs, plots and curves were taken for photos by the next run, and by that which went on with one."""
+    NanoStudent().save(tmp_path / "student", {})
+    arguments = [str(tmp_path / "student") if name == "student" else name for name in command]
+    for out in (plain, plain / "out"):
+        result = CliRunner().invoke(main, [*arguments, str(plain), "-o", str(out)])
+        assert result.exit_code == 2 and "Give a folder beside it" in result.output, result.output
+        assert not (plain / "out").exists()
 
 
 def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:

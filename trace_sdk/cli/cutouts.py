@@ -11,7 +11,7 @@ from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.cli.photos import check_apart, find_photos, read_photo
 from trace_sdk.errors import InputError
 
 
@@ -51,11 +51,7 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; run it again to go on
     """
-    place = out.resolve()
-    if inside := next((name for name in photos if Path(name).resolve() in (place, *place.parents)), None):
-        raise click.UsageError(
-            f"{out} lies in {inside}: cut-outs would be taken for photos. Give a folder beside it (-o)."
-        )
+    check_apart(out, photos)
     jobs = find_photos(photos, out)
 
     from PIL.PngImagePlugin import PngInfo

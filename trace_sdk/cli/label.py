@@ -10,6 +10,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error, status
 from trace_sdk.cli.options import block_option, torch_device_option
+from trace_sdk.cli.photos import check_apart
 
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
@@ -177,6 +178,8 @@ def command(
     """
     if (prompt and not plots) or (words and not prompt):
         raise click.UsageError("--word picks from --prompt, and --prompt is for the pictures of --plot.")
+    if plots:
+        check_apart(out, images)
     from trace_sdk.backbones.registry import open_backbone, open_prompt
     from trace_sdk.labelling.images import find_images
     from trace_sdk.labelling.label import LabelJob

@@ -8,6 +8,7 @@ import click
 
 from trace_sdk.cli.console import output, progress, status
 from trace_sdk.cli.options import learning_options, torch_device_option, workers_option
+from trace_sdk.cli.photos import check_apart
 
 
 @click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
@@ -71,6 +72,7 @@ def command(
     )
     opened, place = open_student(student), torch_device(device)
     settings.check(opened)
+    check_apart(out, photos)
     with status("self-train") as note:
         note("reading every photo once")
         scenes = OwnScenes(photos, cutouts, seed)

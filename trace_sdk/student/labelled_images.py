@@ -64,6 +64,10 @@ class LabelledImages:
         part.pairs = pairs
         return part
 
+    def names_sha256(self) -> str:
+        """Which images these are."""
+        return hashlib.sha256("\n".join(image.name for image, _ in self.pairs).encode()).hexdigest()
+
     def batch(
         self, step: int, count: int, size: int, chosen: Collection[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
