@@ -43,7 +43,7 @@ def find_photos(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
 
 
 def check_apart(out: Path, photos: Iterable[str | Path]) -> None:
-    """Raise click.UsageError if `out`, which gets pictures, lies in a folder of photos, which a later run would read."""
+    """Raise click.UsageError if `out`, which gets pictures, lies in a folder of photos: a later run would read them."""
     place = out.resolve()
     if inside := next((name for name in photos if Path(name).resolve() in (place, *place.parents)), None):
         raise click.UsageError(
