@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trace_sdk.errors import DatasetError
 from trace_sdk.training.history import CURVES
 from trace_sdk.training.loop import train_until
 from trace_sdk.training.state import STATE
@@ -97,6 +98,21 @@ def test_a_finished_run_without_its_curves_has_nothing_to_draw(tmp_path: Path) -
     train_until(2, Counting({}), tmp_path, 0, lambda *_: None)
     (tmp_path / CURVES).unlink()
     train_until(2, Counting({}), tmp_path, 0, lambda *_: None)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
+    """From a worker it came with the worker's traceback."""
+
+    class Damaged(Counting):
+        def batch(self, step: int) -> int:
+            if step == 1:
+                raise DatasetError("a.npz is not a label file. Remove it.")
+            return step
+
+    with pytest.raises(DatasetError) as caught:
+        train_until(3, Damaged({}), tmp_path, 1e9, lambda *_: None, workers)
+    assert str(caught.value) == "a.npz is not a label file. Remove it."
 
 
 def test_it_trains_outside_of_the_main_thread_too(tmp_path: Path) -> None:

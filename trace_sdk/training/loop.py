@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from trace_sdk.atomic import make_folder
-from trace_sdk.errors import ArgumentError
+from trace_sdk.errors import ArgumentError, TraceError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
 from trace_sdk.training.state import STATE
@@ -125,14 +125,17 @@ def batches_ahead(trainer: Trainer[Batch], steps: int, workers: int) -> Iterator
     """Every batch from the trainer's step up to `steps`, prepared while the ones before are learnt from."""
     if workers:
         # Forked, so that photos, labels and cut-outs that were read before are shared rather than sent.
-        yield from DataLoader(
+        for prepared in DataLoader(
             _Batches(trainer.batch, steps),
             batch_size=None,
             sampler=range(trainer.step, steps),
             num_workers=workers,
             collate_fn=_as_it_is,
             multiprocessing_context="fork",
-        )
+        ):
+            if isinstance(prepared, TraceError):
+                raise prepared
+            yield prepared
         return
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(trainer.batch, trainer.step)
@@ -153,7 +156,10 @@ class _Batches(Dataset[Any]):
         return self.steps
 
     def __getitem__(self, step: int) -> Any:
-        return self.batch(step)
+        try:
+            return self.batch(step)
+        except TraceError as error:
+            return error  # raised there: torch would write the worker's traceback into it
 
 
 def _as_it_is(batch: Any) -> Any:
