@@ -380,6 +380,20 @@ def test_pictures_do_not_go_among_the_photos(command: tuple[str, ...], plain: Pa
         assert not (plain / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("self-train", "photos", "--cutouts", "none"), ("combine", "student"), ("pretrain", "photos", "--start")],
+)
+def test_what_is_read_is_not_written_over(command: tuple[str, ...], plain: Path, tmp_path: Path) -> None:
+    """`combine A B -o A` left nothing of student A."""
+    NanoStudent().save(tmp_path / "student", {})
+    place = {"photos": str(plain), "student": str(tmp_path / "student")}
+    read = [place.get(name, name) for name in command]
+    read.insert(1 if command[0] == "self-train" else len(read), place["student"])
+    result = CliRunner().invoke(main, [*read, "-o", place["student"]])
+    assert result.exit_code == 2 and "would be written over" in result.output, result.output
+
+
 def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

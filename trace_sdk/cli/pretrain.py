@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress, status
-from trace_sdk.cli.options import crop_options, learning_options, torch_device_option, workers_option
+from trace_sdk.cli.options import check_new, crop_options, learning_options, torch_device_option, workers_option
 from trace_sdk.cli.photos import check_apart
 
 
@@ -88,6 +88,7 @@ def command(
     )
     settings.check()
     check_apart(out, photos)
+    check_new(out, start)
     place = torch_device(device)
     with status("pretrain") as note:
         note("reading every photo once")

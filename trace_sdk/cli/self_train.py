@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress, status
-from trace_sdk.cli.options import learning_options, torch_device_option, workers_option
+from trace_sdk.cli.options import check_new, learning_options, torch_device_option, workers_option
 from trace_sdk.cli.photos import check_apart
 
 
@@ -73,6 +73,7 @@ def command(
     opened, place = open_student(student), torch_device(device)
     settings.check(opened)
     check_apart(out, photos)
+    check_new(out, student)
     with status("self-train") as note:
         note("reading every photo once")
         scenes = OwnScenes(photos, cutouts, seed)
