@@ -79,7 +79,10 @@ def head_mean_attention(
 
 @torch.no_grad()
 def log_sum_exp(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
-    """Natural log-sum-exp of each query's scores: [B, heads, N, d] and [B, heads, M, d] → float32 [B, heads, N]."""
+    """Natural log-sum-exp of each query's scores: [B, heads, N, d] and [B, heads, M, d] → float32 [B, heads, N].
+
+    float64 of float64 ones.
+    """
     check_query_key(query, key)
     lse: Tensor = _log_sum_exp_op(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
     return lse
@@ -187,7 +190,7 @@ def _log_sum_exp_op(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
         return launch_log_sum_exp(query, key, scale)
 
-    lse = query.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=full_precision(query[:0]).dtype)
     with torch.autocast("cpu", enabled=False):
         for batch in range(query.shape[0]):
             keys = full_precision(key[batch]).mT
@@ -198,7 +201,7 @@ def _log_sum_exp_op(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 @_log_sum_exp_op.register_fake
 def _(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty(query.shape[:3], dtype=full_precision(query[:0]).dtype)
 
 
 @torch.library.custom_op("trace_sdk::image_log_sum_exp", mutates_args=())

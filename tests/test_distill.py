@@ -1,6 +1,7 @@
 """Distillation at scale: several processes, parts of a batch, recomputed activations, held-out scores, best student."""
 
 import csv
+import json
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.model import Student
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
-from trace_sdk.training.state import load_state
+from trace_sdk.training.state import load_state, save_state
 
 SHORT = DistillSettings(steps=6, lora_from=0.5, lora_rank=4, tokens=256, sizes=(64,), precision="fp32")
 
@@ -162,6 +163,25 @@ def test_the_best_student_by_held_out_score_survives_a_cut(
     for picture in [tmp_path / f"whole/validation/{step:06}.png" for step in (2, 4)]:
         assert np.asarray(Image.open(picture)).shape == (4 * 64, 4 * 64, 3)
     assert np.asarray(Image.open(tmp_path / "whole/curves.png").convert("L")).std() > 10
+
+
+def test_the_best_by_other_held_out_images_is_not_compared_with(
+    backbone: Path, images: LabelledImages, tmp_path: Path
+) -> None:
+    """A run that goes on with others kept the student of a better score, which those had given."""
+    learnt, held_out = images.split(0.5)
+    settings = replace(SHORT, steps=2, validate_every=1)
+
+    def score(judges: LabelledImages | None) -> float:
+        distill(PixelBackbone.load(backbone), learnt, tmp_path, settings, held_out=judges)
+        return float(json.loads((tmp_path / "student.json").read_text()).get("score", -1))
+
+    assert score(None) == -1, "no best.safetensors"
+    first = score(held_out)
+    about = load_state(tmp_path / "best.safetensors")
+    save_state(tmp_path / "best.safetensors", *about[:2], {**about[2], "score": 2.0})
+    assert score(held_out) == 2.0 and 0 <= first <= 1
+    assert 0 <= score(learnt) <= 1
 
 
 def test_chosen_crops_are_those_of_the_whole_batch(images: LabelledImages) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from trace_sdk import EdgeDetector, engines
-from trace_sdk.errors import ArgumentError, CheckpointError, DeviceError
+from trace_sdk.errors import ArgumentError, CheckpointError, DeviceError, OutputError
 from trace_sdk.export.onnx import export_onnx
 from trace_sdk.student.colour_gradient import ColourGradient
 from trace_sdk.student.distill_nano import NanoSettings, change_light, distill_nano
@@ -127,6 +127,22 @@ def test_changed_light_keeps_the_range_and_depends_on_the_generator_alone() -> N
 def test_settings_out_of_range(images: LabelledImages, tmp_path: Path, settings: NanoSettings) -> None:
     with pytest.raises(ArgumentError, match="multiple of 32"):
         distill_nano(images, tmp_path, settings)
+
+
+def test_a_save_that_is_cut_leaves_no_student_of_two(
+    student: NanoStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights lay beside the threshold of the old ones."""
+    student.save(tmp_path, {})
+
+    def full(file: Path, _: str) -> None:
+        raise OutputError(f"Cannot write {file}.")
+
+    monkeypatch.setattr("trace_sdk.student.nano.write_text", full)
+    with pytest.raises(OutputError):
+        student.save(tmp_path, {})
+    with pytest.raises(CheckpointError, match="holds no student"):
+        open_student(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no threshold"])

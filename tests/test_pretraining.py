@@ -1,5 +1,8 @@
 """Pretraining: it learns, resumes to the same weights, and refuses what does not fit; its scenes and batches."""
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
+from trace_sdk.images import read_image
 from trace_sdk.pretraining.pretrain import (
     PretrainSettings,
     flow_matching_loss,
@@ -18,7 +22,13 @@ from trace_sdk.pretraining.pretrain import (
     sample_timesteps,
 )
 from trace_sdk.pretraining.scenes import compose
-from trace_sdk.pretraining.training_images import TrainingImages, list_photos, open_cutout, random_crop
+from trace_sdk.pretraining.training_images import (
+    TrainingImages,
+    list_photos,
+    open_cutout,
+    open_photo,
+    random_crop,
+)
 from trace_sdk.training.state import load_state, save_state
 
 TINY = PretrainSettings(layers=1, heads=1, steps=6, tokens=128, sizes=(64,), warmup=2, ema=0.9, learning_rate=2e-3)
@@ -107,6 +117,71 @@ def test_run_of_another_shape_is_not_overwritten(photos: Path, tmp_path: Path) -
     (tmp_path / "state.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="not a whole training state"):
         pretrain(images, tmp_path, TINY)
+
+
+def test_a_run_goes_on_only_as_it_began(photos: Path, tmp_path: Path) -> None:
+    """Another crop size, warm-up or start was taken, or left out, without a word."""
+    images, short = TrainingImages([photos], None, None, 0), replace(TINY, steps=1)
+    pretrain(images, tmp_path / "start", short)
+    pretrain(images, tmp_path / "out", short)
+    for changed in (replace(short, sizes=(64, 72)), replace(short, warmup=9), replace(short, ema=0.5)):
+        with pytest.raises(ArgumentError, match="Give the same value to go on"):
+            pretrain(images, tmp_path / "out", changed)
+    with pytest.raises(ArgumentError, match="is of a run with start="):
+        pretrain(images, tmp_path / "out", short, start=tmp_path / "start")
+    pretrain(images, tmp_path / "out", replace(short, steps=2, learning_rate=1e-3))
+    assert load_state(tmp_path / "out/state.safetensors")[1] == 2
+
+
+def test_damaged_photos_are_said_before_the_training(photos: Path, cutouts: Path, tmp_path: Path) -> None:
+    """They were found when they were drawn, maybe hours later, and one by one."""
+    jpeg = (photos / "b.jpg").read_bytes()
+    for name, data in {"whole.jpg": jpeg, "cut.jpg": jpeg[: len(jpeg) // 2], "empty.png": b""}.items():
+        (tmp_path / name).write_bytes(data)
+    for folders in (([tmp_path], None, None), ([photos], cutouts, tmp_path)):
+        with pytest.raises(DatasetError, match=r"2 cannot be read\. \S+cut\.jpg: .*damaged.* Nor can \S+empty\.png\. "):
+            TrainingImages(*folders, seed=0)
+    (tmp_path / "cut.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"Of 2 photos 1 cannot be read\. \S+empty\.png: is empty"):
+        TrainingImages([tmp_path], None, None, seed=0)
+
+
+def test_hidden_files_and_folders_named_like_photos_are_none(photos: Path, tmp_path: Path) -> None:
+    """macOS puts `._a.jpg` beside a.jpg; as photos they ended a training."""
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("a.jpg", "._a.jpg", ".hidden/b.jpg", "folder.jpg/c.jpg"):
+        (tmp_path / name).write_bytes((photos / "b.jpg").read_bytes())
+    assert list_photos([tmp_path]) == [tmp_path / "a.jpg", tmp_path / "folder.jpg/c.jpg"]
+
+
+def test_photos_are_what_the_teacher_sees(tmp_path: Path) -> None:
+    """16-bit grey was white all over, and what alpha hides was shown."""
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    deep, clear = (np.asarray(open_photo(tmp_path / name)) for name in ("deep.png", "clear.png"))
+    assert deep[0, 0].tolist() == [0, 0, 0] and deep.mean() == pytest.approx(127.5, abs=1) and (clear == 255).all()
+    np.testing.assert_array_equal(deep, read_image(tmp_path / "deep.png").rgb)
+
+
+WARNED = """
+import warnings
+from trace_sdk.backbones.pixel import PixelBackbone
+import torch
+
+assert not any("Mismatch" in str(rule) for rule in warnings.filters), "muted for the whole process"
+backbone = PixelBackbone.create(num_single_layers=1, num_attention_heads=1)
+with warnings.catch_warnings(record=True) as said, torch.autocast("cpu", torch.bfloat16):
+    warnings.simplefilter("always")
+    backbone(torch.zeros(1, 3, 64, 64), 0.5)
+print(*(str(one.message) for one in said if "Mismatch" in str(one.message)), sep="\\n", end="")
+"""
+
+
+def test_torch_s_remark_on_norms_is_muted_where_it_arises_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 def test_batches_depend_on_seed_and_step_alone(photos: Path, cutouts: Path) -> None:

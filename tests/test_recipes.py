@@ -191,7 +191,19 @@ def test_what_is_wrong_is_one_line(
 def test_fewer_than_one(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run_script(monkeypatch, name, "in", "out", "--count", -1)
-    assert end.value.code == 2 and "--count must be at least 1, got -1" in capsys.readouterr().err
+    assert end.value.code == 2 and "--count: must be at least 1, got -1" in capsys.readouterr().err
+
+
+def test_a_sample_keeps_photos_of_one_name_in_two_folders_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second took the place of the first."""
+    for number, name in enumerate(("a/1.png", "b/1.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "in" / name)
+    run_script(monkeypatch, "sample_photos", tmp_path / "in", tmp_path / "out", "--count", 2)
+    for name in ("a/1.png", "b/1.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
 
 
 def test_the_mean_of_two_students(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

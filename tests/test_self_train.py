@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.cutouts import cut_out
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
+from trace_sdk.pretraining.training_images import OF_PHOTO, load_cutouts
 from trace_sdk.student import own_scenes
 from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
-from trace_sdk.student.own_scenes import OwnScenes
+from trace_sdk.student.own_scenes import OwnScenes, homes
 from trace_sdk.student.self_train import SelfTrainSettings, self_train
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.state import STATE, check_same_run
@@ -158,6 +160,30 @@ def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, mo
     assert (own.argmax(1) == 1).all(), "none but its own"
     assert own.median(0).values.tolist() == [20, 220, 20]
     assert (things("b-photo-3").argmax(1) != 1).any(), "of another photo: drawn from all"
+
+
+def test_a_cut_out_comes_home_to_the_photo_that_it_carries(cutouts: Path, tmp_path: Path) -> None:
+    """Two folders with a photo of one name: each got the cut-outs of both. Copies of a photo get the same."""
+    names = "one/street.png", "two/street.png", "copy/street.png", "two/other.png"
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(tmp_path / name)
+    one, two, copied, _ = photos = [tmp_path / name for name in names]
+    copied.write_bytes(one.read_bytes())
+    disc = Image.open(cutouts / "disc.png")
+
+    def of(photo: Path) -> Image.Image:
+        cutout = disc.copy()
+        cutout.info[OF_PHOTO] = hashlib.sha256(photo.read_bytes()).hexdigest()
+        return cutout
+
+    first, second, named = of(one), of(two), disc.copy()
+    clash, plain = tmp_path / "street-1.png", tmp_path / "other-7.png"
+    found = homes(photos, [(clash, first), (tmp_path / "street-2-1.png", second), (plain, named)])
+    assert [found.get(photo) for photo in photos] == [[first], [second], [first], [named]]
+    with pytest.raises(DatasetError, match=r"street-1\.png may be of any of \S+one/street\.png, .*, which differ"):
+        homes(photos, [(clash, named)])
+    assert set(homes([one, copied], [(clash, named)])) == {one, copied}
 
 
 def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +342,12 @@ def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
         OwnScenes([plain], [tmp_path / "none"], 0)
 
 
+def test_a_damaged_photo_is_said_before_the_training(plain: Path, cutouts: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes((plain / "60.png").read_bytes()[:90])
+    with pytest.raises(DatasetError, match=r"Of 4 photos 1 cannot be read\. \S+half\.png"):
+        OwnScenes([plain, tmp_path], [cutouts], 0)
+
+
 def test_a_run_of_another_student_is_not_gone_on_with(
     tiny_backbone: PixelBackbone, plain: Path, cutouts: Path, tmp_path: Path
 ) -> None:
@@ -326,6 +358,40 @@ def test_a_run_of_another_student_is_not_gone_on_with(
             self_train(other, scenes, tmp_path, SHORT)
     with pytest.raises(ArgumentError, match="another kind of training"):
         check_same_run(tmp_path / STATE, {"layers": 1}, {"crops": 2}, ("crops",))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("cutouts",),
+        ("label", "--backbone", "none", "--plot"),
+        ("pretrain",),
+        ("self-train", "student", "--cutouts", "none"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_pictures_do_not_go_among_the_photos(command: tuple[str, ...], plain: Path, tmp_path: Path) -> None:
+    """Cut-outs, plots and curves were taken for photos by the next run, and by that which went on with one."""
+    NanoStudent().save(tmp_path / "student", {})
+    arguments = [str(tmp_path / "student") if name == "student" else name for name in command]
+    for out in (plain, plain / "out"):
+        result = CliRunner().invoke(main, [*arguments, str(plain), "-o", str(out)])
+        assert result.exit_code == 2 and "Give a folder beside it" in result.output, result.output
+        assert not (plain / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("self-train", "photos", "--cutouts", "none"), ("combine", "student"), ("pretrain", "photos", "--start")],
+)
+def test_what_is_read_is_not_written_over(command: tuple[str, ...], plain: Path, tmp_path: Path) -> None:
+    """`combine A B -o A` left nothing of student A."""
+    NanoStudent().save(tmp_path / "student", {})
+    place = {"photos": str(plain), "student": str(tmp_path / "student")}
+    read = [place.get(name, name) for name in command]
+    read.insert(1 if command[0] == "self-train" else len(read), place["student"])
+    result = CliRunner().invoke(main, [*read, "-o", place["student"]])
+    assert result.exit_code == 2 and "would be written over" in result.output, result.output
 
 
 def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_path: Path) -> None:
@@ -346,6 +412,9 @@ def test_from_photos_to_a_better_student(tiny_engine: Path, plain: Path, tmp_pat
     assert "2 photos" in run(*command)
     names = sorted(file.name for file in cut.glob("*.png"))
     assert {"square-1.png", "mirrored-1.png"} <= set(names)
+    carried = {file.name: image.info[OF_PHOTO] for file, image in load_cutouts(cut).items()}
+    assert carried["square-1.png"] == hashlib.sha256((folder / "square.png").read_bytes()).hexdigest()
+    assert carried["mirrored-1.png"] == hashlib.sha256((folder / "mirrored.png").read_bytes()).hexdigest()
     written = (cut / "square-1.png").stat().st_mtime_ns
     run(*command)
     assert (cut / "square-1.png").stat().st_mtime_ns == written

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
@@ -48,7 +49,7 @@ def test_from_photos_to_edges(photos: Path, tmp_path: Path, monkeypatch: pytest.
         (("distill", "nowhere", "--labels", "l", "--backbone", "b", "-o", "out"), 1, "nowhere does not exist"),
         (("label", "a.png", "nowhere.png", "--backbone", "b", "-o", "out"), 1, "nowhere.png does not exist"),
         (("pretrain", "a.png", "-o", "out"), 1, "a.png is a file, not a folder"),
-        (("pretrain", ".", "-o", "a.png", "--layers", "1", "--heads", "1"), 1, "a.png is a file"),
+        (("pretrain", "photos", "-o", "a.png", "--layers", "1", "--heads", "1"), 1, "a.png is a file"),
         (("export", "nowhere", "-o", "a.onnx"), 1, "nowhere does not exist"),
         (("export", "nothing.png", "-o", "a.onnx"), 1, "nothing.png does not exist"),
         (("export", ".", "-o", "a.onnx"), 1, ". holds no student"),
@@ -74,6 +75,8 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "grey.png")
     NanoStudent().save(tmp_path / "student", {})
     result = run(*arguments)
     assert result.exit_code == code

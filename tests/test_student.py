@@ -225,6 +225,12 @@ def test_no_labels_at_all(photos: Path, tmp_path: Path) -> None:
         LabelledImages(photos, tmp_path, 0)
 
 
+def test_labels_under_other_names(photos: Path, labels: Path) -> None:
+    """As where `label` was given the folder above."""
+    with pytest.raises(DatasetError, match=r"There is one of \S+, but none of \S+/a\.png: give the photos as"):
+        LabelledImages(photos.parent / f"{photos.name[:-1]}?", labels, 0)
+
+
 @pytest.mark.parametrize("damage", ["student.json", "decoder.safetensors"])
 def test_damaged_student_folder(tiny_backbone: PixelBackbone, tmp_path: Path, damage: str) -> None:
     Student(tiny_backbone).save(tmp_path, {})

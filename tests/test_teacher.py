@@ -177,6 +177,9 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
         ({"tile": 56}, "tile must be a multiple of 8"),
         ({"timesteps": (1.2,)}, r"\[0, 1\)"),
         ({"timesteps": ()}, r"\[0, 1\)"),
+        ({"window": (0.6, 0.1)}, "Give the lowest t first"),
+        ({"window": (0.12, 0.18)}, r"from 0\.1 to 0\.9 lies in the search window"),
+        ({"stride": 0}, "stride must be from 1 to 999"),
         ({"trajectory": "sideways"}, "trajectory must be one of"),
         ({"form": "median"}, "form must be one of"),
         ({"blocks": ()}, "at least one block"),
@@ -192,6 +195,21 @@ def test_settings_out_of_range(tiny_backbone: PixelBackbone, setting: dict, frag
         Teacher(tiny_backbone, TeacherSettings(**setting))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(np.uint8, (8, 8)), (np.uint8, (8, 8, 4)), (np.float32, (8, 8, 3)), (np.uint8, (0, 8, 3))]
+)
+def test_an_array_that_is_no_rgb_photo(tiny_backbone: PixelBackbone, dtype: type, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ArgumentError, match=r"takes uint8 \[H, W, 3\], RGB; got .*read_image"):
+        Teacher(tiny_backbone, SMALL).annotate(np.zeros(shape, dtype))
+
+
+def test_a_batch_of_two_shapes_or_none(tiny_backbone: PixelBackbone, photo: np.ndarray) -> None:
+    teacher = Teacher(tiny_backbone, SMALL)
+    for images in ([teacher.prepare(photo), teacher.prepare(photo.swapaxes(0, 1))], []):
+        with pytest.raises(ArgumentError, match="images of one shape, got"):
+            teacher.annotate_batch(images)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a label"])
 def test_damaged_label_files(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.npz"
@@ -202,7 +220,9 @@ def test_damaged_label_files(tmp_path: Path, content: bytes) -> None:
 
 def test_plot_draws_a_picture(tiny_backbone: PixelBackbone, photo: np.ndarray, tmp_path: Path) -> None:
     teacher = Teacher(tiny_backbone, SMALL)
+    before = torch.get_rng_state()
     plot(teacher, photo, teacher.annotate(photo), tmp_path / "look.png")
+    assert torch.equal(torch.get_rng_state(), before), "a caller's random numbers go on as they would"
     picture = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"))
     assert picture.shape[1] > 800 and picture.std() > 20
 

@@ -74,6 +74,14 @@ def _shortened(name: str) -> str:
     return name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors="ignore")
 
 
+def remove(path: str | Path) -> None:
+    """Remove a file, if it is there. Raises OutputError like `write_whole`."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(_explain(Path(path), error)) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -8,10 +8,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from trace_sdk.atomic import make_folder
-from trace_sdk.cli.console import run_script
+from trace_sdk.atomic import write_whole
+from trace_sdk.cli.console import at_least, run_script
 from trace_sdk.pretraining.scenes import compose
 from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
 
@@ -21,23 +22,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=Path, help="folder with cutouts/ and backgrounds/, from unpack.py")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--count", type=at_least(1), required=True)
+    parser.add_argument("--size", type=at_least(1), default=256)
+    parser.add_argument("--seed", type=at_least(0), default=2026)
     parser.add_argument("--ids", action="store_true", help="also NAME.ids.png, for evaluation only")
     options = parser.parse_args()
-    if options.count < 1:
-        parser.error(f"--count must be at least 1, got {options.count}")
     cutouts = list(load_cutouts(options.parts / "cutouts").values())
     backgrounds = list_photos([options.parts / "backgrounds"])
-    make_folder(options.out)
     for number in range(options.count):
         rng = np.random.default_rng([options.seed, number])
         background = open_photo(backgrounds[rng.integers(len(backgrounds))])
         scene = compose(rng, cutouts, random_crop(rng, background, options.size))
-        Image.fromarray(scene.rgb).save(options.out / f"scene-{number:04d}.png")
+        save(scene.rgb, options.out / f"scene-{number:04d}.png")
         if options.ids:
-            Image.fromarray(scene.ids).save(options.out / f"scene-{number:04d}.ids.png")
+            save(scene.ids, options.out / f"scene-{number:04d}.ids.png")
+
+
+def save(picture: NDArray[np.uint8], file: Path) -> None:
+    """As PNG, whole or not at all."""
+    with write_whole(file) as stream:
+        Image.fromarray(picture).save(stream, "PNG")
 
 
 if __name__ == "__main__":

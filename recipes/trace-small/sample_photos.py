@@ -6,13 +6,12 @@ Every source (the part of the name before "-") gives the same number, as far as 
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from trace_sdk.atomic import make_folder
-from trace_sdk.cli.console import run_script
+from trace_sdk.atomic import write_bytes
+from trace_sdk.cli.console import at_least, run_script
 from trace_sdk.pretraining.training_images import list_photos
 
 
@@ -21,14 +20,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=at_least(1), required=True)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args()
-    if options.count < 1:
-        parser.error(f"--count must be at least 1, got {options.count}")
-    make_folder(options.out)
     for file in sample(list_photos([options.photos]), options.count, options.seed):
-        shutil.copy(file, options.out / file.name)
+        write_bytes(options.out / file.relative_to(options.photos), file.read_bytes())
 
 
 def sample(files: list[Path], count: int, seed: int) -> list[Path]:

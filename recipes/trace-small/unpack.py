@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trace_sdk.atomic import make_folder
+from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import run_script
 from trace_sdk.errors import DatasetError
 
@@ -44,8 +44,8 @@ def unpack(archive: Path, out: Path) -> None:
 
 
 def _save(image: Image.Image, file: Path) -> None:
-    make_folder(file.parent)
-    image.save(file)
+    with write_whole(file) as stream:
+        image.save(stream, "PNG")
 
 
 def main() -> None:

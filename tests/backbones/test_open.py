@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from trace_sdk.backbones import families as family_files
 from trace_sdk.backbones import hub
@@ -135,6 +136,19 @@ def test_what_is_wrong_with_a_folder_is_said(copy: Callable[[str], Path], how: s
     if how == "one file":
         with pytest.raises(CheckpointError, match=fragment):
             open_backbone(folder / "v1-5.safetensors")
+
+
+def test_a_pixel_backbone_that_is_not_whole(tiny_backbone: PixelBackbone, tmp_path: Path) -> None:
+    """A weight that was missing was random, and diffusers' remark on it all that told."""
+    tiny_backbone.save(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    save_file({name: value for name, value in whole.items() if name != "x_embedder.weight"}, file)
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights, x_embedder\.weight among them\. Download it again"):
+        open_backbone(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"^Cannot read the weights in .+ Copy or download the folder again\.$"):
+        open_backbone(tmp_path)
 
 
 def test_a_part_is_not_taken_for_the_model(open_tiny: Any) -> None:

@@ -104,10 +104,11 @@ def test_exported_as_operators() -> None:
     torch.testing.assert_close(program.module()(query, key), Divergence()(query, key))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["head_mean_attention", "log_sum_exp", "per_head_divergence", "abdiv_strip", "row_kl"])
-def test_operators_keep_torchs_rules(name: str) -> None:
+def test_operators_keep_torchs_rules(name: str, dtype: torch.dtype) -> None:
     """Schema, fake version and aliasing, as torch itself checks them."""
-    query, key = query_and_key()
+    query, key = (x.to(dtype) for x in query_and_key())
     log2_map = head_mean_attention(query, key)
     arguments = {
         "head_mean_attention": (query, key, None, 0.25, 1.0, True, log2_map.clone()),

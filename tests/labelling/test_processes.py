@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -17,9 +19,11 @@ from click.testing import CliRunner
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
+from trace_sdk.errors import OutputError
 from trace_sdk.labelling.claims import Claims
 from trace_sdk.labelling.images import find_images
 from trace_sdk.labelling.label import LabelJob
+from trace_sdk.labelling.states import forget_failures
 from trace_sdk.teacher.labels import CLAIMS
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
 
@@ -110,6 +114,33 @@ def test_claims_exclude_each_other_and_outlive_nobody(tmp_path: Path) -> None:
         os.utime(tmp_path / "d.claim", (time.time() - 1000,) * 2)
         assert mine.take("d") and not other.take("d")
     assert [file.name for file in tmp_path.iterdir()] == ["c.claim"]
+
+
+def test_a_full_disk_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one counted as held, and the next run waited two minutes for it."""
+
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(file: Path, mode: str = "r") -> io.StringIO:
+        assert mode == "x"
+        file.touch(exist_ok=False)
+        return Full()
+
+    with Claims(tmp_path) as claims:
+        monkeypatch.setattr(Path, "open", full)
+        with pytest.raises(OutputError, match=r"a\.claim: No space left"):
+            claims.take("a")
+        monkeypatch.undo()
+        assert claims.take("a")
+
+
+def test_failures_that_cannot_be_forgotten(tmp_path: Path) -> None:
+    """On a read-only folder --retry-failed ended with a traceback. Root may write anywhere: a folder in the way."""
+    (tmp_path / "a.jpg.failed").mkdir()
+    with pytest.raises(OutputError, match=r"Cannot write \S+a\.jpg\.failed"):
+        forget_failures(tmp_path, ["a.jpg"])
 
 
 def test_a_claim_is_touched_while_its_holder_lives(tmp_path: Path) -> None:

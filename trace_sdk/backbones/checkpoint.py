@@ -38,6 +38,12 @@ def refuse_pickle(folder: str | Path) -> None:
             )
 
 
+def unreadable(folder: str | Path, error: Exception) -> CheckpointError:
+    """What to raise where diffusers or transformers cannot read weights: of their many lines the first."""
+    reason = str(error).strip().partition("\n")[0].rstrip(". ")
+    return CheckpointError(f"Cannot read the weights in {folder}: {reason}. Copy or download the folder again.")
+
+
 def sha256_of_folder(folder: str | Path) -> str:
     """sha256 over the safetensors files of a folder, in order of name."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_weights
 from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
@@ -365,7 +365,7 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype, *, unused: st
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
-        raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
+        raise unreadable(folder, error) from error
     missing = [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download it again.")

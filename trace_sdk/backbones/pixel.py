@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed
+from trace_sdk.backbones.latent import read_part
 from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import AttentionCalls, SelfAttention, SelfAttentionTap
 from trace_sdk.errors import ArgumentError, CheckpointError
@@ -27,10 +28,6 @@ from trace_sdk.errors import ArgumentError, CheckpointError
 PATCH = 8
 CHANNELS = 3 * PATCH * PATCH
 SMALL = {"num_single_layers": 8, "num_attention_heads": 4}
-BASE = {"num_single_layers": 12, "num_attention_heads": 6}
-
-# Norms with fp32 weights see bf16 under autocast: as it should be, and nothing a person at a terminal could change.
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 class PixelBackbone(Placed):
@@ -98,11 +95,7 @@ class PixelBackbone(Placed):
                 f"{folder} holds a {name} with {channels} input channels; a pixel backbone is a "
                 f"FluxTransformer2DModel with {CHANNELS}. Give a folder that `trace-sdk pretrain` wrote."
             )
-        try:
-            model = FluxTransformer2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-        except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
-            raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
-        return cls(model.float().eval(), sha256_of_folder(folder))
+        return cls(read_part(FluxTransformer2DModel, folder, torch.float32).eval(), sha256_of_folder(folder))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and fp16 safetensors, as diffusers does, so that diffusers reads it too."""
@@ -177,17 +170,25 @@ class PixelBackbone(Placed):
             "txt_ids": x_t.new_zeros(1, 3),
             "return_dict": False,
         }
-        if on_attention is None:
-            answer = self.denoiser(**inputs)[0]
-        else:
+        tap: AbstractContextManager[object] = nullcontext()
+        if on_attention is not None:
             # Joint attention, the one null text token first: [text, image].
             image = slice(1, None)
             tap = SelfAttentionTap(
                 on_attention, lambda queries, keys: (image, grid), self._calls, share_softmax=share_softmax
             )
-            with tap:
-                answer = self.denoiser(**inputs)[0]
+        reduced = torch.is_autocast_enabled(x_t.device.type)
+        with tap, _unremarked_norms() if reduced else nullcontext():
+            answer = self.denoiser(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
+
+
+@contextmanager
+def _unremarked_norms() -> Iterator[None]:
+    """Without torch's remark that norms with fp32 weights see bf16 under autocast, which nobody need change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+        yield
 
 
 def position_ids(grid: tuple[int, int], like: Tensor) -> Tensor:

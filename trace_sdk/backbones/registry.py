@@ -41,7 +41,7 @@ def open_backbone(
         device: "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" or "fp16" weights of a latent model's denoiser. A pixel backbone keeps fp32 weights;
             the teacher's settings say how it computes.
-        offload: keep the denoiser's weights in the computer's memory and bring them to the GPU layer by layer.
+        offload: keep a latent model's denoiser in the computer's memory and bring it to the GPU layer by layer.
 
     Raises:
         CheckpointError: no backbone, one of an unsupported family, or a part that is missing, corrupt or pickled.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
 from trace_sdk.backbones.tap import SelfAttentionTap
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.errors import ArgumentError
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
@@ -46,7 +46,7 @@ class VisionTransformer(Placed):
                 folder, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
             )
         except Exception as error:  # transformers and safetensors raise many kinds, one meaning
-            raise CheckpointError(f"Cannot read the weights in {folder}: {error}") from error
+            raise unreadable(folder, error) from error
         return cls(model.eval().requires_grad_(False), sha256_of_folder(folder))
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output
+from trace_sdk.cli.options import check_new
 from trace_sdk.errors import ArgumentError
 
 
@@ -38,6 +39,7 @@ def command(attending: Path, looking: Path, out: Path, share: float) -> None:
     from trace_sdk.student.model import Student
     from trace_sdk.student.nano import NanoStudent
 
+    check_new(out, attending, looking)
     student, nano = open_student(attending), open_student(looking)
     if not isinstance(student, Student):
         raise ArgumentError(f"{attending} has no backbone of its own. Give first what `trace-sdk distill` wrote.")

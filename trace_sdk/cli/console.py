@@ -94,6 +94,18 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(end.exit_code)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of such a script's argument that is a whole number from `least` on."""
+    from argparse import ArgumentTypeError
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
 class Advance(Protocol):
     """Tells the progress bar that `steps` more are done; `note` is shown beside it (a loss, a name)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import find_photos, read_photo
+from trace_sdk.cli.photos import check_apart, find_photos, read_photo
 from trace_sdk.errors import InputError
 
 
@@ -51,10 +52,14 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; run it again to go on
     """
+    check_apart(out, photos)
     jobs = find_photos(photos, out)
+
+    from PIL.PngImagePlugin import PngInfo
 
     from trace_sdk.detector import EdgeDetector
     from trace_sdk.instances.cutouts import cut_out
+    from trace_sdk.pretraining.training_images import OF_PHOTO
 
     detector = EdgeDetector(engine, device=device, size=size)
     made_of = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})
@@ -63,14 +68,17 @@ def command(
     with progress("cutouts", total=len(jobs)) as advance:
         for job in jobs:
             try:
-                key = made_of.key(read_photo(job.photo), os.fsencode(job.name))
+                data = read_photo(job.photo)
+                key = made_of.key(data, os.fsencode(job.name))
                 place = records.key(os.fsencode(job.name))
                 last = records.get(place) or {"of": None, "cutouts": []}
                 if last["of"] != key:
                     cutouts = cut_out(detector.run(job.photo), min_score)
+                    about = PngInfo()
+                    about.add_text(OF_PHOTO, hashlib.sha256(data).hexdigest())
                     for number, cutout in enumerate(cutouts, start=1):
                         with write_whole(out / f"{job.name}-{number}.png") as file:
-                            cutout.image.save(file, "PNG")
+                            cutout.image.save(file, "PNG", pnginfo=about)
                     for number in range(len(cutouts) + 1, len(last["cutouts"]) + 1):  # that were there before
                         (out / f"{job.name}-{number}.png").unlink(missing_ok=True)
                     last = {"of": key, "cutouts": [{"box": one.box, "score": round(one.score, 4)} for one in cutouts]}

@@ -10,6 +10,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error, status
 from trace_sdk.cli.options import block_option, torch_device_option
+from trace_sdk.cli.photos import check_apart
 
 
 @click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
@@ -86,7 +87,9 @@ from trace_sdk.cli.options import block_option, torch_device_option
     "memory of a latent model.",
 )
 @click.option(
-    "--offload", is_flag=True, help="Keep the weights in the computer's memory; the GPU sees a layer at a time."
+    "--offload",
+    is_flag=True,
+    help="Keep a latent model's weights in the computer's memory; the GPU sees a layer at a time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the noise ε.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
@@ -175,6 +178,8 @@ def command(
     """
     if (prompt and not plots) or (words and not prompt):
         raise click.UsageError("--word picks from --prompt, and --prompt is for the pictures of --plot.")
+    if plots:
+        check_apart(out, images)
     from trace_sdk.backbones.registry import open_backbone, open_prompt
     from trace_sdk.labelling.images import find_images
     from trace_sdk.labelling.label import LabelJob

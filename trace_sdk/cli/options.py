@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+
+
+def check_new(out: Path, *given: Path | None) -> None:
+    """Raise click.UsageError if `out` is one of the folders that a command only reads."""
+    if out.resolve() in [folder.resolve() for folder in given if folder]:
+        raise click.UsageError(f"{out} is what is read, and would be written over. Give another folder (-o).")
 
 
 def engine_options(command: Command) -> Command:

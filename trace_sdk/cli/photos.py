@@ -50,6 +50,15 @@ def find_photos(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
     return jobs
 
 
+def check_apart(out: Path, photos: Iterable[str | Path]) -> None:
+    """Raise click.UsageError if `out`, which gets pictures, lies in a folder of photos: a later run would read them."""
+    place = out.resolve()
+    if inside := next((name for name in photos if Path(name).resolve() in (place, *place.parents)), None):
+        raise click.UsageError(
+            f"{out} lies in {inside}: its pictures would be taken for photos. Give a folder beside it (-o)."
+        )
+
+
 def read_photo(photo: Path) -> bytes:
     """The file as it is. Raises ImageError if it cannot be read."""
     try:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import crop_options, learning_options, torch_device_option, workers_option
+from trace_sdk.cli.console import output, progress, status
+from trace_sdk.cli.options import check_new, crop_options, learning_options, torch_device_option, workers_option
+from trace_sdk.cli.photos import check_apart
 
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
@@ -57,7 +58,8 @@ def command(
 ) -> None:
     """Train a pixel diffusion backbone on the photos below PHOTOS. No annotations are read.
 
-    The state is saved every two minutes and on Ctrl-C: run the same command again to go on.
+    The state is saved every two minutes and on Ctrl-C: run the same command again to go on. Only --steps and
+    --learning-rate may then be others.
 
     \b
     A backbone of 27.5 M parameters on one GPU (about 16 minutes on an H100):
@@ -84,14 +86,20 @@ def command(
         ema=ema,
         seed=seed,
     )
-    images = TrainingImages(list(photos), cutouts, backgrounds, seed)
+    settings.check()
+    check_apart(out, photos)
+    check_new(out, start)
+    place = torch_device(device)
+    with status("pretrain") as note:
+        note("reading every photo once")
+        images = TrainingImages(list(photos), cutouts, backgrounds, seed)
     with progress("pretrain", total=steps, done=steps_done(out)) as advance:
         pretrain(
             images,
             out,
             settings,
             start=start,
-            device=torch_device(device),
+            device=place,
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.4f}"),
         )

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import learning_options, torch_device_option, workers_option
+from trace_sdk.cli.console import output, progress, status
+from trace_sdk.cli.options import check_new, learning_options, torch_device_option, workers_option
+from trace_sdk.cli.photos import check_apart
 
 
 @click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
@@ -46,12 +47,12 @@ def command(
 ) -> None:
     """Train STUDENT on scenes composed of what its edges cut out, over the PHOTOS (folders).
 
-    No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. A third of the scenes
-    has random shapes of the photos instead; of the others half put cut-outs back into the photo that they came from,
-    which their names tell (PHOTO-1.png, as `trace-sdk cutouts` writes). Of a student with a backbone the decoder
-    learns, with --lora-rank the backbone too. Every folder counts the same, however many pictures it has: keep a few
-    varied, sharp photos in one of their own. The state is saved every two minutes and on Ctrl-C: run the same command
-    again to go on.
+    No annotation is needed: where a cut-out was pasted is known to the pixel, whatever it shows. Three scenes of
+    ten have random shapes of the photos instead; of the others half put cut-outs back into the photo they came from,
+    which `trace-sdk cutouts` writes into them; of other cut-outs the names tell (PHOTO-1.png). Of a student with a
+    backbone the decoder learns, with --lora-rank the backbone too. Every folder counts the same, however many pictures
+    it has: keep a few varied, sharp photos in one of their own. The state is saved every two minutes and on Ctrl-C: run
+    the same command again to go on.
 
     \b
       trace-sdk export runs/nano -o first.onnx
@@ -69,14 +70,20 @@ def command(
     settings = SelfTrainSettings(
         steps=steps, crops=crops, size=size, lora_rank=lora_rank, learning_rate=learning_rate, seed=seed
     )
-    scenes = OwnScenes(photos, cutouts, seed)
+    opened, place = open_student(student), torch_device(device)
+    settings.check(opened)
+    check_apart(out, photos)
+    check_new(out, student)
+    with status("self-train") as note:
+        note("reading every photo once")
+        scenes = OwnScenes(photos, cutouts, seed)
     with progress("self-train", total=steps, done=steps_done(out)) as advance:
         self_train(
-            open_student(student),
+            opened,
             scenes,
             out,
             settings,
-            device=torch_device(device),
+            device=place,
             workers=workers,
             report=lambda step, losses: advance(note=f"loss {losses['loss']:.3f}"),
         )

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from trace_sdk.atomic import make_folder, remove
 from trace_sdk.errors import OutputError
 
 STALE_SECONDS = 120.0
@@ -36,7 +37,7 @@ class Claims:
         self._beat = threading.Thread(target=self._touch, daemon=True)
 
     def __enter__(self) -> Claims:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._beat.start()
         return self
 
@@ -47,14 +48,17 @@ class Claims:
             self.release(key)
 
     def take(self, key: str) -> bool:
-        """Whether `key` is now this process's; False if another holds it, or this one already."""
+        """Whether `key` is now this process's; False if another holds it, or this one already.
+
+        Raises OutputError if the folder cannot be written to.
+        """
         file = self._file(key)
         if key in self._held:
             return False
         if not self._create(file):
             if not self._abandoned(file):
                 return False
-            file.unlink(missing_ok=True)
+            remove(file)
             if not self._create(file):
                 return False
         self._held.add(key)
@@ -67,8 +71,8 @@ class Claims:
         try:
             if file.read_text() == self._mark:
                 file.unlink()
-        except FileNotFoundError:
-            pass
+        except OSError:
+            pass  # it is gone; or it cannot be removed, and is taken over as what a killed process leaves is
 
     def _create(self, file: Path) -> bool:
         try:
@@ -77,7 +81,8 @@ class Claims:
         except FileExistsError:
             return False
         except OSError as error:
-            raise OutputError(f"Cannot write {file}: {error.strerror}. Choose another folder (-o).") from error
+            remove(file)  # an empty one, where the disk is full, would count as held until it is stale
+            raise _cannot_write(file, error) from error
         return True
 
     def _abandoned(self, file: Path) -> bool:
@@ -85,8 +90,11 @@ class Claims:
             holder, touched = file.read_text(), file.stat().st_mtime
         except FileNotFoundError:
             return True
-        with tempfile.NamedTemporaryFile(dir=self._folder) as now:
-            age = os.fstat(now.fileno()).st_mtime - touched
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder) as now:
+                age = os.fstat(now.fileno()).st_mtime - touched
+        except OSError as error:
+            raise _cannot_write(self._folder, error) from error
         return age > self._stale_seconds or self._is_gone(holder)
 
     def _is_gone(self, holder: str) -> bool:
@@ -112,8 +120,12 @@ class Claims:
             for key in list(self._held):
                 try:
                     os.utime(self._file(key))
-                except FileNotFoundError:
-                    continue  # taken over
+                except OSError:
+                    continue  # taken over, or a beat is left out
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}.claim"
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"Cannot write {path}: {error.strerror}. Choose another folder (-o).")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from trace_sdk.atomic import write_text
+from trace_sdk.atomic import remove, write_text
 
 DONE, FAILED, PENDING = "done", "failed", "pending"
 MANIFEST = "manifest.jsonl"
@@ -42,9 +42,9 @@ def record_failure(labels: Path, name: str, reason: str) -> None:
 
 
 def forget_failures(labels: Path, names: Iterable[str]) -> None:
-    """Make failed images pending again."""
+    """Make failed images pending again. Raises OutputError if the folder cannot be written to."""
     for name in names:
-        _failure_file(labels, name).unlink(missing_ok=True)
+        remove(_failure_file(labels, name))
 
 
 def write_manifest(labels: Path, names: Iterable[str]) -> dict[str, str]:
@@ -65,7 +65,7 @@ def remove_leftovers(labels: Path, names: Iterable[str]) -> None:
     for file in labels.rglob(".*.tmp"):
         target = file.with_name(file.name[1:].rsplit(".", 2)[0])
         if target.with_suffix("").relative_to(labels).as_posix() in known:
-            file.unlink(missing_ok=True)
+            remove(file)
 
 
 def _failure_file(labels: Path, name: str) -> Path:

@@ -24,10 +24,12 @@ from trace_sdk.training.state import (
     save_state,
 )
 
+CHANGEABLE = ("steps", "learning_rate")  # of a run that goes on
+
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What defines a run; a resumed run may only change `steps` (how long) and `learning_rate`.
+    """What defines a run; a resumed run may only change those of `CHANGEABLE`: how long, and how fast.
 
     Attributes:
         layers, heads: single-stream blocks, and heads of width 64 in each.
@@ -108,6 +110,7 @@ class _Trainer:
     ) -> None:
         torch.manual_seed(settings.seed)
         self.images, self.settings, self.device, self.step = images, settings, torch.device(device), 0
+        self.record = asdict(settings) | {"start": ""}
         if start is None:
             model = PixelBackbone.create(num_single_layers=settings.layers, num_attention_heads=settings.heads)
         else:
@@ -117,6 +120,7 @@ class _Trainer:
                     f"{start} has {model.self_attention_blocks} layers of {model.heads} heads, the run was asked for "
                     f"{settings.layers} of {settings.heads}; set --layers and --heads to match."
                 )
+            self.record["start"] = model.identity
         self.model = model.to(self.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = _optimizers(self.model, settings)
@@ -155,11 +159,11 @@ class _Trainer:
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for number, optimizer in enumerate(self.optimizers):
             tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
-        save_state(file, tensors, self.step, asdict(self.settings))
+        save_state(file, tensors, self.step, self.record)
 
     def restore(self, file: Path) -> None:
-        tensors, step, settings = load_state(file)
-        check_same_run(file, settings, asdict(self.settings), ("layers", "heads", "optimizer", "seed"))
+        tensors, step, before = load_state(file)
+        check_same_run(file, before, self.record, tuple(name for name in self.record if name not in CHANGEABLE))
         try:
             self.model.load_state_dict(part(tensors, "model"))
             self.average.load_state_dict(part(tensors, "average"))

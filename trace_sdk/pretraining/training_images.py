@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from trace_sdk.errors import DatasetError
+from trace_sdk.errors import DatasetError, ImageError
+from trace_sdk.images import MAX_PIXELS, read_image
 from trace_sdk.pretraining.scenes import RGB, compose
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+OF_PHOTO = "photo_sha256"  # text in a cut-out's PNG: of the photo's file
 
 
-def list_photos(folders: list[Path]) -> list[Path]:
-    """All photos below the folders, sorted by name within each. Raises DatasetError if a folder has none."""
+def list_photos(folders: Sequence[Path]) -> list[Path]:
+    """All photos below the folders, sorted by name within each, without what is hidden (a name that begins with a dot).
+
+    Raises DatasetError if a folder has none.
+    """
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             wrong = "is a file, not a folder of photos" if folder.is_file() else "does not exist"
             raise DatasetError(f"{folder} {wrong}. Give the folder that holds the photos.")
-        photos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
+        photos = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in PHOTO_SUFFIXES
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and file.is_file()
+        )
         if not photos:
             raise DatasetError(
                 f"No photos in {folder}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} files."
@@ -64,11 +77,42 @@ def open_cutout(file: Path) -> Image.Image:
 
 
 def open_photo(file: Path) -> Image.Image:
-    """One photo as RGB, upright as EXIF says. Raises DatasetError with the file's name if it cannot be read."""
+    """One photo as RGB, see `read_image`. Raises DatasetError with the file's name if it cannot be read."""
     try:
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    except Exception as error:  # a decoder fed with damaged data raises anything
-        raise DatasetError(f"Cannot read the photo {file}: {error}. Remove it or replace it.") from error
+        return Image.fromarray(read_image(file).rgb)
+    except ImageError as error:
+        raise DatasetError(f"{error} Remove it or replace it.") from error
+
+
+def check_photos(files: Sequence[Path]) -> None:
+    """Decode every photo once: a damaged one is then said before a training, not when it is drawn, hours later.
+
+    Raises:
+        DatasetError: some cannot be read; names them all.
+    """
+    with ThreadPoolExecutor() as pool:
+        damage = dict(zip(files, pool.map(_damage, files), strict=True))
+    damaged = [file for file, reason in damage.items() if reason]
+    if damaged:
+        others = f" Nor can {', '.join(map(str, damaged[1:]))}." if len(damaged) > 1 else ""
+        raise DatasetError(
+            f"Of {len(damage)} photos {len(damaged)} cannot be read. {damage[damaged[0]]}{others} "
+            "Remove them or replace them."
+        )
+
+
+def _damage(file: Path) -> str:
+    """Why a photo cannot be read, "" if it can."""
+    with suppress(Exception), Image.open(file) as picture:  # what is wrong, the full reading below says better
+        if picture.width * picture.height <= MAX_PIXELS:
+            picture.draft(None, (1, 1))  # of a JPEG an eighth of each side: the same damage is found, in less time
+        read_image(picture)
+        return ""
+    try:
+        read_image(file)
+    except ImageError as error:
+        return str(error)
+    return ""
 
 
 class TrainingImages:
@@ -78,12 +122,16 @@ class TrainingImages:
         photos: folders of photos.
         cutouts: folder of RGBA cut-outs, or None for photos only.
         backgrounds: folder of photos behind the cut-outs; None takes `photos`.
+
+    Raises:
+        DatasetError: no photos or cut-outs, or one cannot be read.
     """
 
     def __init__(self, photos: list[Path], cutouts: Path | None, backgrounds: Path | None, seed: int) -> None:
         self._photos = list_photos(photos)
         self._cutouts = list(load_cutouts(cutouts).values()) if cutouts else []
         self._backgrounds = list_photos([backgrounds]) if backgrounds else self._photos
+        check_photos(list(dict.fromkeys([*self._photos, *self._backgrounds])))
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> RGB:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_text
+from trace_sdk.atomic import remove, write_text
 from trace_sdk.backbones.backbone import StudentBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.network_input import padded_length
@@ -78,6 +78,7 @@ class CombinedStudent(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `attending/`, `looking/` and `student.json`."""
+        remove(folder / "student.json")  # written last: without it parts of two students are none
         self.attending.save(folder / "attending", {})
         self.looking.save(folder / "looking", {})
         record = {"architecture": "combined", "share": self.share, **about}

@@ -132,6 +132,8 @@ def distill(
     train_until(settings.steps, trainer, out, save_seconds, report, workers)
     about: dict[str, Any] = {"distilled_steps": trainer.step, "settings": asdict(settings)}
     if held_out:
+        if trainer.best_score < 0:  # a run that had done all its steps before, with other held-out images or without
+            trainer.validate(held_out)
         about |= trainer.take_best()
     student = trainer.student.eval()
     student.threshold, _ = calibrate_threshold(student, held_out or images, settings.sizes[0])
@@ -265,7 +267,9 @@ class _Trainer:
         if process_index() == 0:
             draw_validation(self.student, held_out, size, threshold, self.out / f"validation/{self.step:06}.png")
             if score > self.best_score:
-                save_state(self.out / BEST, self.weights(), self.step, {"score": score})
+                save_state(
+                    self.out / BEST, self.weights(), self.step, {"score": score, "held_out": held_out.names_sha256()}
+                )
         self.best_score = max(score, self.best_score)
         return score
 
@@ -301,4 +305,6 @@ class _Trainer:
             raise misfit(file) from error
         self.step = step
         if self.held_out and (file.parent / BEST).is_file():
-            self.best_score = load_state(file.parent / BEST)[2]["score"]
+            about = load_state(file.parent / BEST)[2]
+            if about.get("held_out") == self.held_out.names_sha256():  # scores on other images compare with none
+                self.best_score = about["score"]

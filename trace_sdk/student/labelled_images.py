@@ -37,10 +37,13 @@ class LabelledImages:
         found = find_images(images)
         self.pairs = [(image, file) for image in found if (file := label_file(labels, image.name)).is_file()]
         if not self.pairs:
-            raise DatasetError(
-                f"None of {len(found)} photos has a label below {labels}. "
-                f"Run `trace-sdk label PHOTOS --backbone BACKBONE -o {labels}`."
-            )
+            do = f"Run `trace-sdk label PHOTOS --backbone BACKBONE -o {labels}`."
+            if other := next(labels.rglob("*.npz"), None):
+                do = (
+                    f"There is one of {other.relative_to(labels).with_suffix('')}, but none of {found[0].name}: "
+                    "give the photos as `trace-sdk label` was given them."
+                )
+            raise DatasetError(f"None of {len(found)} photos has a label below {labels}. {do}")
         self._seed = seed
         self._sizes: dict[str, tuple[int, int]] = {}
 
@@ -63,6 +66,10 @@ class LabelledImages:
         part = copy.copy(self)
         part.pairs = pairs
         return part
+
+    def names_sha256(self) -> str:
+        """Which images these are."""
+        return hashlib.sha256("\n".join(image.name for image, _ in self.pairs).encode()).hexdigest()
 
     def batch(
         self, step: int, count: int, size: int, chosen: Collection[int] | None = None

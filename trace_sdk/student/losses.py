@@ -16,7 +16,7 @@ from trace_sdk.training.processes import mean_of_all, total
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 − 2·Σ e·ê / (Σ e² + Σ ê²) over the certain pixels of the batch.
+    """1 − (2·Σ e·ê + 1) / (Σ e² + Σ ê² + 1) over the certain pixels of the batch.
 
     Args:
         logits: [B, H, W].

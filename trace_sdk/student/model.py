@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
-from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.atomic import remove, write_bytes, write_text
 from trace_sdk.backbones.backbone import Backbone, OnAttention, StudentBackbone
 from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.backbones.tap import SelfAttention
@@ -222,6 +222,7 @@ class Student(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `backbone/`, `decoder.safetensors` and `student.json`; LoRA must be merged."""
+        remove(folder / "student.json")  # written last: without it parts of two students are none
         self.backbone.save(folder / "backbone")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.decoder.state_dict().items()}
         write_bytes(folder / "decoder.safetensors", save(weights))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.atomic import remove, write_bytes, write_text
 from trace_sdk.errors import CheckpointError
 from trace_sdk.student.colour_gradient import ColourGradient
 
@@ -112,6 +112,7 @@ class NanoStudent(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `nano.safetensors` and `student.json`."""
+        remove(folder / "student.json")  # written last: new weights with an old threshold are no student
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_bytes(folder / "nano.safetensors", save(weights))
         record = {"architecture": "nano", "threshold": self.threshold, **about}

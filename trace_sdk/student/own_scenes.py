@@ -6,7 +6,9 @@ of photos; where they were pasted is known to the pixel, whatever was cut out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -19,10 +21,18 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.datasets import instance_boundaries
 from trace_sdk.pretraining.scenes import MOST, RGB, compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
-from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
+from trace_sdk.pretraining.training_images import (
+    OF_PHOTO,
+    check_photos,
+    list_photos,
+    load_cutouts,
+    open_photo,
+    random_crop,
+)
 
 SHAPES = 0.3  # share of scenes of random shapes
 ENLARGED = 1.1  # times as large as they are photos and cut-outs are shown at most, so that all is as sharp
@@ -56,20 +66,20 @@ class OwnScenes:
     and as noisy as what is around them, and beside their like.
 
     Args:
-        photos: folders of photos, backgrounds and material of shapes. cutouts: folders of RGBA cut-outs; PHOTO-1.png is
-            of the photo of that name, as `trace-sdk cutouts` writes it.
+        photos: folders of photos, backgrounds and material of shapes. cutouts: folders of RGBA cut-outs; `homes` says
+            which photo each came from.
 
     Raises:
-        DatasetError: no photos or cut-outs, or one cannot be read.
+        DatasetError: no photos or cut-outs, one cannot be read, or a cut-out may be of several photos.
     """
 
     def __init__(self, photos: Sequence[Path], cutouts: Sequence[Path], seed: int) -> None:
         self._photos = [list_photos([folder]) for folder in photos]
         loaded = [load_cutouts(folder) for folder in cutouts]
         self._cutouts = [list(images.values()) for images in loaded]
-        self._of_photo: dict[str, list[Image.Image]] = {}
-        for file, image in chain.from_iterable(images.items() for images in loaded):
-            self._of_photo.setdefault(file.stem.rpartition("-")[0], []).append(image)
+        every_photo = list(dict.fromkeys(chain.from_iterable(self._photos)))
+        check_photos(every_photo)
+        self._of_photo = homes(every_photo, chain.from_iterable(images.items() for images in loaded))
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> Scenes:
@@ -85,7 +95,7 @@ class OwnScenes:
         whole = size + MARGIN
         photo = self._photo(rng)
         background = random_crop(rng, open_photo(photo), whole, ENLARGED)
-        own = self._of_photo.get(photo.stem, [])
+        own = self._of_photo.get(photo, [])
         at_home = False
         if rng.random() < SHAPES:
             cutouts = self._shapes(rng, background)
@@ -125,6 +135,33 @@ class OwnScenes:
     def _photo(self, rng: np.random.Generator) -> Path:
         folder = self._photos[rng.integers(len(self._photos))]
         return folder[rng.integers(len(folder))]
+
+
+def homes(photos: Iterable[Path], cutouts: Iterable[tuple[Path, Image.Image]]) -> dict[Path, list[Image.Image]]:
+    """The cut-outs of each photo that has some, in their order.
+
+    One that `trace-sdk cutouts` wrote carries the sha256 of its photo's file. Of another its name tells: PHOTO-1.png is
+    of PHOTO.jpg. Copies of a photo are as good as itself.
+
+    Raises:
+        DatasetError: photos that differ have the name that a cut-out tells.
+    """
+    sha256 = {photo: hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos}
+    alike, called = defaultdict(list), defaultdict(list)
+    for photo, digest in sha256.items():
+        alike[digest].append(photo)
+        called[photo.stem].append(photo)
+    found: dict[Path, list[Image.Image]] = defaultdict(list)
+    for file, image in cutouts:
+        own = alike[image.info[OF_PHOTO]] if OF_PHOTO in image.info else called[file.stem.rpartition("-")[0]]
+        if len({sha256[photo] for photo in own}) > 1:
+            raise DatasetError(
+                f"{file} may be of any of {', '.join(map(str, own))}, which differ. Make the cut-outs again in a new "
+                "folder (`trace-sdk cutouts`), so that they carry which photo they are of, or rename the photos."
+            )
+        for photo in own:
+            found[photo].append(image)
+    return found
 
 
 def _as_jpeg(rgb: NDArray[np.float32], quality: int) -> NDArray[np.float32]:

@@ -54,6 +54,21 @@ class SelfTrainSettings:
     learning_rate: float = 2e-3
     seed: int = 0
 
+    def check(self, student: AnyStudent) -> None:
+        """Raise ArgumentError naming the setting that is out of its range or does not suit the student."""
+        step = student.multiple_of
+        if self.steps < 1 or self.crops < 2 or self.size < student.min_size or self.size % step:
+            raise ArgumentError(
+                f"steps must be ≥ 1, crops ≥ 2, size a multiple of {step} from {student.min_size}; got {self.steps}, "
+                f"{self.crops}, {self.size}."
+            )
+        if isinstance(student, CombinedStudent):
+            raise ArgumentError("A combined student does not train itself: train its parts, then combine them.")
+        if self.lora_rank < 0 or (self.lora_rank and not isinstance(student, Student)):
+            raise ArgumentError(
+                f"A LoRA rank of {self.lora_rank} does not suit this student: it is ≥ 0, and 0 without a backbone."
+            )
+
 
 def self_train(
     student: AnyStudent,
@@ -80,18 +95,8 @@ def self_train(
         ArgumentError: a setting is out of range or does not suit the student, or `out` holds a run of another shape.
         CheckpointError: the state in `out` cannot be read.
     """
-    step = student.multiple_of
-    if settings.steps < 1 or settings.crops < 2 or settings.size < student.min_size or settings.size % step:
-        raise ArgumentError(
-            f"steps must be ≥ 1, crops ≥ 2, size a multiple of {step} from {student.min_size}; got {settings.steps}, "
-            f"{settings.crops}, {settings.size}."
-        )
-    if isinstance(student, CombinedStudent):
-        raise ArgumentError("A combined student does not train itself: train its parts, then combine them.")
-    if settings.lora_rank < 0 or (settings.lora_rank and not isinstance(student, Student)):
-        raise ArgumentError(
-            f"A LoRA rank of {settings.lora_rank} does not suit this student: it is ≥ 0, and 0 without a backbone."
-        )
+    settings.check(student)
+    assert not isinstance(student, CombinedStudent)
     trainer = _Trainer(student.to(device), scenes, settings, device)
     train_until(settings.steps, trainer, out, save_seconds, report, workers)
     better = trainer.finished()

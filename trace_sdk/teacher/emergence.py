@@ -47,7 +47,10 @@ def search_window(timesteps: tuple[float, ...], window: tuple[float, float]) -> 
     """
     inside = [index for index, t in enumerate(timesteps) if window[0] <= t <= window[1]]
     if not inside:
-        raise ArgumentError(f"No timestep of {timesteps} lies in the search window {window}; widen it.")
+        raise ArgumentError(
+            f"No timestep from {timesteps[0]:g} to {timesteps[-1]:g} lies in the search window {window}. "
+            "Give the lowest t first, widen it, or lower the stride."
+        )
     return slice(inside[0], inside[-1] + 1)
 
 

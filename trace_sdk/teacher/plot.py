@@ -153,9 +153,10 @@ def along_t(
 
 def attention_pca(log_map: torch.Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     """First three principal components of the attention rows as RGB [H, W, 3] in [0, 1]."""
-    torch.manual_seed(0)
     rows = log_map.float().exp2().sqrt()  # square roots put distributions on a sphere, where PCA is at home
-    components, _, _ = torch.pca_lowrank(rows, q=3)
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        torch.manual_seed(0)
+        components, _, _ = torch.pca_lowrank(rows, q=3)
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
     colours = ((components - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
     return colours.view(*grid, 3).cpu().numpy()

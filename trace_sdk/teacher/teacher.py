@@ -82,6 +82,8 @@ class TeacherSettings:
             raise ArgumentError(f"size must be at least {LEAST_SIZE} px, got {self.size}.")
         if self.timesteps is not None and not (self.timesteps and all(0 <= t < 1 for t in self.timesteps)):
             raise ArgumentError(f"timesteps must lie in [0, 1), got {self.timesteps}.")
+        if self.timesteps is None:
+            search_window(schedule(self.stride)[1:], self.window)
         if self.trajectory not in TRAJECTORIES:
             raise ArgumentError(f"trajectory must be one of {sorted(TRAJECTORIES)}, got {self.trajectory!r}.")
         if self.criterion not in CRITERIA:
@@ -172,8 +174,12 @@ class Teacher:
 
         Raises:
             OutOfMemoryError: the device's memory does not hold it; says what to lower.
-            ArgumentError: the attention is not finite in fp32, either, or the weights are offloaded.
+            ArgumentError: the images differ in shape, the attention is not finite in fp32, either, or the weights are
+                offloaded.
         """
+        shapes = {tuple(image.shape) for image in prepared}
+        if len(shapes) != 1:
+            raise ArgumentError(f"A batch is of images of one shape, got {sorted(shapes)}. Annotate the others apart.")
         with memory_of(self.backbone, self.settings.size):
             return self._annotate(torch.cat(list(prepared)))
 
@@ -229,7 +235,15 @@ class Teacher:
         return torch.autocast(self.backbone.device.type, wanted if enabled else None, enabled=enabled)
 
     def prepare(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, on the backbone's device."""
+        """uint8 [H, W, 3] → float [1, 3, h, w] in [−1, 1] at the settings' size, on the backbone's device.
+
+        Raises ArgumentError for another array.
+        """
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
+            raise ArgumentError(
+                f"The teacher takes uint8 [H, W, 3], RGB; got {rgb.dtype} {list(rgb.shape)}. "
+                "trace_sdk.images.read_image makes that of any picture."
+            )
         multiple, least = self.backbone.multiple_of, self.backbone.min_size
         scale = self.settings.size / max(rgb.shape[:2])
         height, width = (max(least, round(side * scale / multiple) * multiple) for side in rgb.shape[:2])

@@ -40,7 +40,9 @@ class History:
         write_text(self._folder / CURVES, text.getvalue())
 
     def plot(self) -> None:
-        """Draw every column over the steps, one below the other."""
+        """Draw every column over the steps, one below the other; nothing where there are no rows."""
+        if not self._rows:
+            return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from trace_sdk.atomic import make_folder
-from trace_sdk.errors import ArgumentError
+from trace_sdk.errors import ArgumentError, TraceError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
 from trace_sdk.training.state import STATE
@@ -47,7 +50,8 @@ def train_until(
     """Train until `steps` are done, going on from the state in `out` if a run was cut there.
 
     The state and the curves (`curves.csv`, drawn in `curves.png` when it ends) are saved every `save_seconds`, on
-    Ctrl-C and at the end, by process 0 alone where several train as one.
+    Ctrl-C and at the end, by process 0 alone where several train as one. Ctrl-C waits for the end of the step; a second
+    one does not, and what was saved last is then where the next run goes on.
 
     Args:
         workers: processes that prepare batches; 0 prepares the next one in a thread, enough for a CPU's pace.
@@ -66,38 +70,72 @@ def train_until(
 
     def save() -> None:
         if process_index() == 0:
+            history.save()  # first: rows of steps that the state does not have yet are cut off, missing ones are lost
             trainer.save(file)
-            history.save()
 
-    saved = time.monotonic()
+    saved, whole = time.monotonic(), True
     try:
         for batch in batches_ahead(trainer, steps, workers):
-            losses = trainer.train(batch)
-            history.add(trainer.step, losses)
+            with ctrl_c_waits():
+                whole = False
+                losses = trainer.train(batch)
+                history.add(trainer.step, losses)
+                whole = True
             report(trainer.step, losses)
             if time.monotonic() - saved >= save_seconds:
                 save()
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        save()
+        if whole:  # a step half done is nothing to go on from
+            save()
         raise
     save()
     if process_index() == 0:
         history.plot()
 
 
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C comes through at the end of the block, a second one at once; there is none outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def wait(*_: Any) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    except Exception:
+        if came:  # compilers and other processes that the block waits for got it, too, and broke off
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
 def batches_ahead(trainer: Trainer[Batch], steps: int, workers: int) -> Iterator[Batch]:
     """Every batch from the trainer's step up to `steps`, prepared while the ones before are learnt from."""
     if workers:
         # Forked, so that photos, labels and cut-outs that were read before are shared rather than sent.
-        yield from DataLoader(
+        for prepared in DataLoader(
             _Batches(trainer.batch, steps),
             batch_size=None,
             sampler=range(trainer.step, steps),
             num_workers=workers,
             collate_fn=_as_it_is,
             multiprocessing_context="fork",
-        )
+        ):
+            if isinstance(prepared, TraceError):
+                raise prepared
+            yield prepared
         return
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(trainer.batch, trainer.step)
@@ -118,7 +156,10 @@ class _Batches(Dataset[Any]):
         return self.steps
 
     def __getitem__(self, step: int) -> Any:
-        return self.batch(step)
+        try:
+            return self.batch(step)
+        except TraceError as error:
+            return error  # raised there: torch would write the worker's traceback into it
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -29,12 +29,12 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     """(tensors, step, settings) of a file that `save_state` wrote.
 
     Raises:
-        CheckpointError: the file is a pickle, cut short, or not ours.
+        CheckpointError: the file is a pickle, cut short, or not ours, or cannot be read.
     """
-    with file.open("rb") as stream:
-        if is_pickle(stream.read(4)):
-            raise CheckpointError(f"{file} is a pickle, which can run any code when loaded; it was not opened.")
     try:
+        with file.open("rb") as stream:
+            if is_pickle(stream.read(4)):
+                raise CheckpointError(f"{file} is a pickle, which can run any code when loaded; it was not opened.")
         with safe_open(file, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
