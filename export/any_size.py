@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
+from trace_sdk.atomic import write_bytes
 from trace_sdk.detector import EdgeDetector
 from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, check_one_file, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError, MissingExtraError, ParityError
@@ -51,7 +52,7 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
     """
     if output not in ANSWER_TYPES:
         raise ArgumentError(f"output={output!r} is not one of {', '.join(ANSWER_TYPES)}.")
-    need_onnx()
+    need_onnx("Putting scaling into the graph")
     import onnx
 
     verify_seal(engine, source)
@@ -70,10 +71,10 @@ def take_any_size(engine: bytes, source: str, *, output: str = "float32") -> byt
     return sealed
 
 
-def need_onnx() -> None:
-    """Raises MissingExtraError if graphs cannot be edited here."""
+def need_onnx(what: str) -> None:
+    """Raises MissingExtraError if graphs cannot be edited here; `what` needs it."""
     if find_spec("onnx") is None:
-        raise MissingExtraError("Putting scaling into the graph needs the onnx package. Run: pip install onnx")
+        raise MissingExtraError(f"{what} needs the onnx package. Run: pip install onnx")
 
 
 class _Graph:
@@ -251,7 +252,7 @@ def _verify(padded: bytes, any_size: bytes, size: int, rounding: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         detectors = []
         for name, engine in (("padded", padded), ("any-size", any_size)):
-            Path(folder, name).write_bytes(engine)
+            write_bytes(Path(folder, name), engine)
             detectors.append(EdgeDetector(Path(folder, name), device="cpu"))
         for height, width in ((size * 5 // 4, size + 1), (size // 3, size // 2), (3, size * 2)):
             rough = PIL.Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))

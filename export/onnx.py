@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from numpy.typing import NDArray
 from torch.export import Dim
 
 from trace_sdk import __version__
-from trace_sdk.atomic import make_folder, write_bytes
+from trace_sdk.atomic import unfinished_folder, write_whole
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
 from trace_sdk.errors import ArgumentError, EngineError, OutputError, ParityError
 from trace_sdk.export.any_size import NO_BF16, take_any_size
@@ -159,11 +157,7 @@ def export_onnx(
 
     if out.is_dir():
         raise OutputError(f"{out} is a folder. Give the engine's file in it (-o), for example {out / 'mine.onnx'}.")
-    make_folder(out.parent)
-    for unfinished in out.parent.glob(f".{out.name}.*/"):  # of an export that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        work = Path(folder)
+    with unfinished_folder(out) as work:
         note("tracing the graph")
         graph = EngineGraph(student, half_weights=precision in ("fp16", "int8"))
         exact = EngineGraph(student, half_weights=False)
@@ -256,12 +250,13 @@ def export_onnx(
         note("timing an answer")
         timed: list[Model] = [float_model] if precision == "bf16" else [float_model, held if data else sealed]
         float_milliseconds, *milliseconds = _milliseconds(timed, padded(min(default_size, TIMED_SIDE)))
-        if data:
-            # Whole before it appears, and before what names it; a load in between says that the two don't fit.
-            with (work / data["file"]).open("rb") as written:
-                os.fsync(written.fileno())
-            (work / data["file"]).replace(out.with_name(data["file"]))
-        write_bytes(out, sealed)
+        with write_whole(out) as file:
+            file.write(sealed)
+            if data:
+                # Whole before it appears, just before what names it; a load in between says that the two don't fit.
+                with (work / data["file"]).open("rb") as written:
+                    os.fsync(written.fileno())
+                (work / data["file"]).replace(out.with_name(data["file"]))
         return ExportReport(
             engine=name,
             sha256=verify_seal(sealed, out),

@@ -51,7 +51,7 @@ def build(
         raise ArgumentError(f"runtime={runtime!r} is not one of {', '.join(PACKAGES)}.")
     if max_batch < 1:
         raise ArgumentError(f"max_batch={max_batch} must be at least 1.")
-    need_onnx()
+    need_onnx(f"Building for {runtime}")
     import onnx
 
     sha256 = verify_seal(engine, source)

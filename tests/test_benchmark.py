@@ -52,6 +52,28 @@ def report(engines: list[Path], photo: Path) -> Report:
     return report
 
 
+def test_every_photo_is_looked_at_before_anything_is_timed(engines: list[Path], photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("no photo")
+    said: list[str] = []
+    with pytest.raises(ImageError, match=r"notes\.jpg: is text"):
+        benchmark(engines, [photo, tmp_path / "notes.jpg"], on_step=said.append)
+    assert not said
+
+
+def test_so_is_the_folder(engines: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "benchmark", None)
+    result = CliRunner().invoke(main, ["benchmark", str(engines[0]), "-o", str(photo)])
+    assert result.exit_code == 1 and "Cannot write" in result.stderr
+
+
+def test_where_no_engine_could_be_measured_the_exit_code_says_so(
+    engines: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "benchmark", lambda *_, **__: Report(1, 1, 1, missing={"tiny on cpu": "no memory"}))
+    result = CliRunner().invoke(main, ["benchmark", str(engines[0])])
+    assert result.exit_code == 1 and "tiny on cpu: not measured (no memory)" in result.stdout
+
+
 def row(report: Report, name: str) -> Row:
     return next(row for row in report.rows if row.name == name)
 

@@ -113,6 +113,32 @@ def test_a_run_that_fails_gives_its_number_and_buffers_back(
     assert bound.captured == 1 and bound._numbers == {(1, 16, 24, 3): 2}, "number 1 may have been captured half"
 
 
+def test_pinned_memory_is_given_back_where_there_is_too_little_for_the_rest(
+    session: onnxruntime.InferenceSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[int] = []
+
+    class Memory:
+        def use(self) -> None: ...
+
+        def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+            array = np.zeros(shape, dtype)
+            pinned.append(id(array))
+            return array
+
+        def unpin(self, array: NDArray[Any]) -> None:
+            pinned.remove(id(array))
+
+    def full(shape: tuple[int, int]) -> onnxruntime.InferenceSession:
+        raise EngineError("out of memory")
+
+    bound = BoundSession(session, np.float32, graphs=[(16, 24)], fixed=full)
+    bound._gpu = Memory()  # type: ignore[assignment]
+    with pytest.raises(EngineError):
+        bound.run(pictures(1, 16, 24))
+    assert not pinned and not bound._bound
+
+
 def test_64_threads_get_the_serial_answers_from_one_gpu_thread(tiny_engine: Path) -> None:
     """The way of an engine on a GPU: whole batches, all in one thread."""
     engine = OnnxEngine(tiny_engine.read_bytes(), "tiny", "cpu")

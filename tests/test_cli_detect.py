@@ -141,7 +141,9 @@ def test_a_photo_too_long_for_a_jpeg_is_reported_and_the_others_are_done(detect:
     PIL.Image.new("L", (65_501, 20)).save("in/a.png")
     photos("in/b.png")
     result = detect("in", "--overlay")
-    assert result.exit_code == 1 and "a JPEG has at most 65500 pixels a side, this picture is 65501x20" in result.stderr
+    assert (
+        result.exit_code == 1 and "A JPEG has at most 65,500 pixels a side, this picture is 65501x20" in result.stderr
+    )
     assert written() == ["a.edges.png", "b.edges.png", "b.overlay.jpg"]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -171,6 +173,35 @@ def test_a_stream_raises_at_the_bad_item(detector: EdgeDetector, batch: int) -> 
     assert not decoding_threads()
     with pytest.raises(ImageError, match=r"^image 2"):
         detector.run_batch(items)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_others_ask_can_answer(tiny_engine: Path) -> None:
+    detector, asked = EdgeDetector(tiny_engine, size=512), photo(512, 512)
+    expected, done = detector.run(asked).probability, threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            detector.run(asked)
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                same = False
+                signal.alarm(20)  # ends it where it waits for a lock that nobody gives back
+                try:
+                    same = np.array_equal(detector.run(asked).probability, expected)
+                finally:
+                    os._exit(0 if same else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        for asker in askers:
+            asker.join()
 
 
 def test_an_error_of_the_iterable_waits_for_its_turn(detector: EdgeDetector) -> None:

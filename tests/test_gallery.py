@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from trace_sdk.gallery import Exhibit, write_page
 from trace_sdk.instances.coco import encode_mask
 from trace_sdk.instances.predictions import PredictedImage
 from trace_sdk.instances.result import paint_masks
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -59,32 +56,27 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "p.html").read_text().count("<script>") == 1
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt-get install chromium")
-def test_slider_and_choices_in_a_browser(page: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 900, "height": 900})
-        trouble: list[Any] = []
-        tab.on("console", lambda message: trouble.append(message.text))
-        tab.on("pageerror", lambda error: trouble.append(error))
-        tab.on("requestfailed", lambda request: trouble.append(request.url))
-        tab.goto(page.as_uri())
-        tab.wait_for_load_state("networkidle")
-        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 128)")
-        left, slider = tab.locator("img.left"), tab.locator("input[type=range]")
-        assert "50%" in left.evaluate("e => getComputedStyle(e).clipPath")
-        slider.focus()
-        for _ in range(20):
-            tab.keyboard.press("ArrowRight")
-        assert "30%" in left.evaluate("e => getComputedStyle(e).clipPath")
-        box = slider.bounding_box()
-        tab.mouse.click(box["x"] + 0.1 * box["width"], box["y"] + 0.5 * box["height"])
-        assert int(slider.input_value()) < 25
-        tab.locator("select.right").select_option(label="edges")
-        tab.wait_for_function("document.querySelector('img.right').src.endsWith('edges.jpg')")
-        tab.screenshot(path=str(page.parent / "shot.png"))
-        browser.close()
+def test_slider_and_choices_in_a_browser(page: Path, browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 900, "height": 900})
+    trouble: list[Any] = []
+    tab.on("console", lambda message: trouble.append(message.text))
+    tab.on("pageerror", lambda error: trouble.append(error))
+    tab.on("requestfailed", lambda request: trouble.append(request.url))
+    tab.goto(page.as_uri())
+    tab.wait_for_load_state("networkidle")
+    assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 128)")
+    left, slider = tab.locator("img.left"), tab.locator("input[type=range]")
+    assert "50%" in left.evaluate("e => getComputedStyle(e).clipPath")
+    slider.focus()
+    for _ in range(20):
+        tab.keyboard.press("ArrowRight")
+    assert "30%" in left.evaluate("e => getComputedStyle(e).clipPath")
+    box = slider.bounding_box()
+    tab.mouse.click(box["x"] + 0.1 * box["width"], box["y"] + 0.5 * box["height"])
+    assert int(slider.input_value()) < 25
+    tab.locator("select.right").select_option(label="edges")
+    tab.wait_for_function("document.querySelector('img.right').src.endsWith('edges.jpg')")
+    tab.screenshot(path=str(page.parent / "shot.png"))
     assert not trouble
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from trace_sdk.machine import commit, hardware, peak_memory, usable_cpus, versions
+from trace_sdk.cli import main
+from trace_sdk.errors import OutputError
+from trace_sdk.machine import cache_folder, commit, hardware, peak_memory, usable_cpus, versions
 
 V1 = {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
 
@@ -62,3 +65,30 @@ def test_the_machine_is_named() -> None:
     assert about["cpu"] and 1 <= int(about["usable_cores"]) <= int(about["cores"])
     assert set(versions(["numpy", "no-such-package"])) == {"python", "numpy"}
     assert commit() is None or len(str(commit()).removesuffix("+changes")) == 40
+
+
+def test_a_checkout_that_it_is_only_installed_in_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+    for words in (("init", "-q"), (*author, "commit", "-q", "--allow-empty", "-m", "theirs")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    installed = tmp_path / ".venv/lib/trace_sdk/machine.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr("trace_sdk.machine.__file__", str(installed))
+    assert commit() is None
+
+
+def test_without_a_home_the_cache_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("TRACE_CACHE", raising=False)
+    with pytest.raises(OutputError, match="Set TRACE_CACHE"):
+        cache_folder()
+    said = CliRunner().invoke(main, ["doctor", "--json"])
+    assert said.exit_code == 0 and "Set TRACE_CACHE" in said.stdout
+    monkeypatch.setenv("TRACE_CACHE", "/kept")
+    assert cache_folder() == Path("/kept")

@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +29,6 @@ from trace_sdk.errors import OutOfMemoryError
 from trace_sdk.serving.http import EdgeServer, listen
 
 CARS = Path(__file__).parents[1] / "examples/photos/cars.jpg"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def command(*arguments: object) -> list[str]:
@@ -77,6 +75,13 @@ def ask(address: str, path: str, body: bytes | None = None, **headers: str) -> t
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
     finally:
         connection.close()
+
+
+def wide() -> bytes:
+    """A PNG with a side that no JPEG has."""
+    file = io.BytesIO()
+    PIL.Image.new("L", (65501, 2)).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +134,15 @@ def test_instances_are_those_of_the_edges(address: str, expected: EdgeMap) -> No
     ("path", "body", "status", "message"),
     [
         ("/v1/edges", b"", 400, "no body.*--data-binary"),
-        ("/v1/edges", b"hello", 400, "is text, not a picture"),
+        ("/v1/edges", b"hello", 400, "^photo: is text, not a picture"),
         ("/v1/edges", CARS.read_bytes()[:3000], 400, "truncated|damaged|cut off"),
         ("/v1/edges?draw=neon", b"x", 400, "draw='neon': give probability, thin"),
         ("/v1/edges?thick=1", b"x", 400, "thick is no option here. Known: draw"),
         ("/v1/edges?draw=thin&threshold=0.5", b"x", 400, "threshold is no option"),
         ("/v1/edges?draw=binary&threshold=high", b"x", 400, "threshold='high' is not a number"),
         ("/v1/edges?draw=binary&threshold=nan", CARS.read_bytes(), 400, r"must be in \[0, 1\]"),
+        ("/v1/edges?draw=thin&draw=binary", b"x", 400, "draw is given 2 times, as thin, binary. Give it once"),
+        ("/v1/edges?draw=overlay", wide(), 400, "A JPEG has at most 65,500 pixels a side, this picture is 65501x2"),
         ("/v1/instances?min_area=2.5", b"x", 400, "min_area='2.5' is not a whole number"),
         ("/v1/instances?min_area=-1", CARS.read_bytes(), 400, "min_area=-1"),
         ("/v1/edges", None, 405, "POST a photo's file"),
@@ -147,6 +154,18 @@ def test_what_is_wrong_is_said(address: str, path: str, body: bytes | None, stat
     given, headers, answer = ask(address, path, body)
     assert given == status and headers["content-type"] == "application/json"
     assert re.search(message, json.loads(answer)["error"])
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "is a form. Send a photo's file: curl --data-binary"),
+        ({"Content-Encoding": "gzip"}, r"is packed \(gzip\). Send a photo's file"),
+    ],
+)
+def test_a_body_that_is_more_than_a_file_is_refused(address: str, headers: dict[str, str], message: str) -> None:
+    status, _, answer = ask(address, "/v1/edges", CARS.read_bytes(), **headers)
+    assert status == 415 and re.search(message, json.loads(answer)["error"])
 
 
 def test_a_file_that_is_too_large_is_not_read(address: str) -> None:
@@ -238,6 +257,19 @@ def test_memory_that_ran_out_is_no_fault_of_the_photo(tiny_engine: Path) -> None
     assert (status, headers["retry-after"]) == (503, "1") and "memory is full" in json.loads(body)["error"]
 
 
+def test_what_nobody_thought_of_is_json_and_counted(tiny_engine: Path) -> None:
+    slow = Slow(EdgeDetector(tiny_engine))
+    slow.go.set()
+    slow.error = ZeroDivisionError()  # type: ignore[assignment]
+    with in_a_thread(slow) as address:
+        status, headers, body = ask(address, "/v1/edges", CARS.read_bytes())
+        metrics = ask(address, "/metrics")[2].decode()
+    assert (status, headers["content-type"]) == (500, "application/json") and "ZeroDivisionError" in json.loads(body)[
+        "error"
+    ]
+    assert 'trace_requests_total{path="/v1/edges",status="500"} 1.0' in metrics
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_without_a_word_when_it_is_asked_to(tiny_engine: Path, number: signal.Signals) -> None:
     with running("--engine", tiny_engine) as (address, process):
@@ -262,6 +294,27 @@ def test_photos_in_the_house_are_finished(tmp_path: Path) -> None:
         assert process.returncode == 0
 
 
+def test_a_client_that_does_not_read_its_answer_holds_nothing(tiny_engine: Path) -> None:
+    large = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), np.uint8)).save(large, "JPEG")
+    program = "import trace_sdk.serving.http as http; http.LAST_SECONDS = 1; from trace_sdk.cli import main; main()"
+    line = [sys.executable, "-c", program, "serve", "--port", "0", "--engine", str(tiny_engine)]
+    with (
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        socket.socket() as client,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[2]
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+        head = f"POST /v1/edges?draw=overlay HTTP/1.1\r\nHost: x\r\nContent-Length: {large.tell()}\r\n\r\n"
+        client.sendall(head.encode() + large.getvalue())
+        client.recv(1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 def test_an_address_that_is_taken(tiny_engine: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -272,7 +325,11 @@ def test_an_address_that_is_taken(tiny_engine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--host", "no.such.host.invalid"), "Cannot listen on no.such.host"), (("--engine", "none.onnx"), "none.onnx")],
+    [
+        (("--host", "no.such.host.invalid"), "Cannot listen on no.such.host"),
+        (("--host", "a..b"), "Cannot listen on a..b, port 0: no host name"),
+        (("--engine", "none.onnx"), "none.onnx"),
+    ],
 )
 def test_what_cannot_start_says_so(arguments: tuple[str, ...], message: str) -> None:
     ended = subprocess.run(command("--port", 0, *arguments), capture_output=True, text=True)
@@ -294,26 +351,38 @@ def until(tab: Any, expression: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt-get install chromium")
-def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+def test_the_page_in_a_browser(address: str, browser: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("no photo")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1000, "height": 800})
-        trouble: list[Any] = []
-        tab.on("pageerror", lambda error: trouble.append(error))
-        tab.goto(address)
-        tab.set_input_files("input[type=file]", CARS)
-        until(tab, "document.images.length === 2 && [...document.images].every(i => i.complete && i.naturalWidth)")
-        sizes = tab.evaluate("[...document.images].map(i => [i.naturalWidth, i.naturalHeight])")
-        assert sizes[0] == sizes[1] == list(PIL.Image.open(CARS).size)
-        first = tab.locator("figure img").nth(1).get_attribute("src")
-        tab.locator("select").select_option("thin")
-        until(tab, f"document.images[1].src !== {first!r}")
-        tab.screenshot(path=str(tmp_path / "page.png"))
-        tab.set_input_files("input[type=file]", tmp_path / "notes.jpg")
-        until(tab, "document.querySelector('[role=alert]').textContent.includes('not a picture')")
-        assert tab.locator("figure img").count() == 0 and address in tab.locator("code").inner_text()
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1000, "height": 800})
+    trouble: list[Any] = []
+    tab.on("pageerror", lambda error: trouble.append(error))
+    tab.goto(address)
+    tab.set_input_files("input[type=file]", CARS)
+    until(tab, "document.images.length === 2 && [...document.images].every(i => i.complete && i.naturalWidth)")
+    sizes = tab.evaluate("[...document.images].map(i => [i.naturalWidth, i.naturalHeight])")
+    assert sizes[0] == sizes[1] == list(PIL.Image.open(CARS).size)
+    first = tab.locator("figure img").nth(1).get_attribute("src")
+    tab.locator("select").select_option("thin")
+    until(tab, f"document.images[1].src !== {first!r}")
+    tab.screenshot(path=str(tmp_path / "page.png"))
+    tab.set_input_files("input[type=file]", tmp_path / "notes.jpg")
+    until(tab, "document.querySelector('[role=alert]').textContent.includes('not a picture')")
+    assert tab.locator("figure img").count() == 0 and address in tab.locator("code").inner_text()
     assert not trouble
+
+
+def test_an_older_photos_end_is_no_matter_of_a_newer_one(address: str, browser: Any, tmp_path: Path) -> None:
+    tab = browser.new_page()
+    held: list[Any] = []
+    tab.route("**/v1/edges*", lambda route: route.continue_() if held else held.append(route))
+    tab.goto(address)
+    tab.set_input_files("input[type=file]", CARS)
+    deadline = time.monotonic() + 20
+    while not held:
+        assert time.monotonic() < deadline
+        tab.wait_for_timeout(20)
+    tab.locator("select").select_option("thin")
+    until(tab, "document.images.length === 2")
+    held[0].abort()
+    tab.wait_for_timeout(200)
+    assert tab.locator("figure img").count() == 2 and not tab.locator("[role=alert]").inner_text()

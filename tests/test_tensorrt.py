@@ -187,6 +187,30 @@ def test_the_cache_is_used_and_damage_is_built_again(
     assert list((tmp_path / "cache").iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("cuda:x", ArgumentError, "device='cuda:x' is not known"),
+        ("gpu:0", ArgumentError, "device='gpu:0' is not known"),
+        ("cpu", DeviceError, "runs on NVIDIA GPUs only"),
+    ],
+)
+def test_a_device_that_cannot_be_is_refused_before_anything_is_built(
+    device: str, error: type[Exception], message: str, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_sdk.export.tensorrt.build", lambda *_, **__: 1 / 0)
+    with pytest.raises(error, match=message):
+        EdgeDetector(tiny_engine, runtime="tensorrt-rtx", device=device)
+
+
+def test_without_the_onnx_package_it_says_what_needs_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_sdk.export.any_size.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"^Building for tensorrt-rtx needs the onnx package"):
+        build(make_engine(), "e.onnx", "tensorrt-rtx")
+
+
 def test_unknown_runtimes(tiny_engine: Path) -> None:
     with pytest.raises(ArgumentError, match="not one of auto, onnxruntime"):
         EdgeDetector(tiny_engine, runtime="tvm")

@@ -250,6 +250,19 @@ def test_a_network_that_fails_leaves_the_next_answer_alone(opened: Callable[...,
     np.testing.assert_array_equal(engine.infer(batch), expected(batch))
 
 
+def test_a_shape_that_cannot_be_captured_is_answered_without_a_graph(
+    opened: Callable[..., TensorRTEngine], gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, batch = opened((16, 24), (24, 16)), pictures(1, 16, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "cudaGraphInstantiate", lambda graph, flags: (WRONG, None))
+        np.testing.assert_array_equal(engine.infer(batch), expected(batch))
+    assert "24x16 without a CUDA graph (e.engine: cudaGraphInstantiate failed" in engine.device_reason
+    np.testing.assert_array_equal(engine.infer(batch), expected(batch))
+    engine.infer(pictures(1, 24, 16))
+    assert engine.cuda_graphs == 1 and engine.device_reason.count("without") == 1
+
+
 def test_64_threads_get_the_serial_answers(opened: Callable[..., TensorRTEngine]) -> None:
     engine = opened((16, 24), (24, 16))
     batches = [pictures(1 + seed % 2, *((16, 24), (24, 16), (32, 16))[seed % 3], seed=seed) for seed in range(24)]

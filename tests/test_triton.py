@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,22 @@ def test_nothing_is_overwritten_or_left_half_written(
     assert not list((tmp_path / "b").iterdir())
     with pytest.raises(EngineError):
         write_repository(tmp_path / "missing.onnx", tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_had_is_named(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/models"):
+        with pytest.raises(OutputError, match=r"Cannot write .*file is a file\. Choose a folder"):
+            write_repository(tiny_engine, folder)
+
+    def read_only(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(OutputError, match=r"models.*: Read-only file system"):
+        write_repository(tiny_engine, tmp_path / "models", buckets=[64])
 
 
 @pytest.mark.parametrize("buckets", [None, [64, 96]])

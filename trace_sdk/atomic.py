@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,18 +70,38 @@ def make_folder(folder: str | Path) -> None:
         raise OutputError(_explain(Path(folder), error)) from error
 
 
-def _shortened(name: str) -> str:
-    """A file's name, cut where what is added to it would make it longer than file systems allow: 255 bytes."""
-    in_bytes = os.fsencode(name)
-    return name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors="ignore")
-
-
 def remove(path: str | Path) -> None:
     """Remove a file, if it is there. Raises OutputError like `write_whole`."""
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(_explain(Path(path), error)) from error
+
+
+@contextmanager
+def unfinished_folder(path: str | Path) -> Iterator[Path]:
+    """A new hidden folder beside `path`, for what becomes `path` when it is done; removed when the block ends.
+
+    Missing parent folders are made. Folders that killed processes left for the same `path` are removed first.
+
+    Raises:
+        OutputError: what happens in the block cannot be written, or the folder not made.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*/"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(_explain(target, error)) from error
+
+
+def _shortened(name: str) -> str:
+    """A file's name, cut where what is added to it would make it longer than file systems allow: 255 bytes."""
+    in_bytes = os.fsencode(name)
+    return name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors="ignore")
 
 
 def _umask() -> int:

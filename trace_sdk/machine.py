@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from trace_sdk.errors import OutputError
+
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """CPU cores that this process may use: its affinity, and the quota of every control group (v1 and v2) around it.
@@ -22,8 +24,13 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def cache_folder() -> Path:
-    """Where built engines are kept: $TRACE_CACHE, or ~/.cache/trace-sdk."""
-    return Path(os.environ.get("TRACE_CACHE") or Path.home() / ".cache/trace-sdk")
+    """Where built engines are kept: $TRACE_CACHE, or ~/.cache/trace-sdk. Raises OutputError if neither is known."""
+    try:
+        return Path(os.environ.get("TRACE_CACHE") or Path.home() / ".cache/trace-sdk")
+    except RuntimeError:  # a container's user without HOME or an entry in passwd
+        raise OutputError(
+            "This user has no home folder to keep built engines in. Set TRACE_CACHE to a folder."
+        ) from None
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -97,11 +104,18 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout this code runs from, "+changes" where files differ from it; None when installed."""
+    """Of the checkout this code runs from, "+changes" where files differ from it; None when installed, also where that
+    is somewhere in a checkout of something else.
+    """
+    here = Path(__file__)
     try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name],
+            cwd=here.parent, capture_output=True, check=True, timeout=10,
+        )  # fmt: skip
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            cwd=Path(__file__).parent,
+            cwd=here.parent,
             capture_output=True,
             text=True,
             check=True,

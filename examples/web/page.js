@@ -2,7 +2,9 @@
 const find = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 let photo; // ImageData
-let edges; // Float32Array, one probability a pixel
+let edges; // of this photo: Float32Array, one probability a pixel
+let next; // ImageData of the photo that the worker has
+let turn = 0; // how many files were chosen; what belongs to an earlier one comes too late
 
 worker.onmessage = ({ data }) => {
   if (data.error) {
@@ -10,8 +12,8 @@ worker.onmessage = ({ data }) => {
   } else if (data.ready) {
     find("threshold").value = data.threshold;
     find("status").textContent = "Ready.";
-  } else {
-    edges = data.edges;
+  } else if (data.turn === turn) {
+    [photo, edges] = [next, data.edges];
     globalThis.edges = edges; // for the console
     find("status").textContent = `${photo.width}×${photo.height}, ${data.milliseconds.toFixed(0)} ms`;
     find("answer").hidden = false;
@@ -21,22 +23,24 @@ worker.onmessage = ({ data }) => {
 worker.onerror = (event) => (find("status").textContent = `The engine does not start: ${event.message}`);
 
 async function show(file) {
+  const mine = ++turn;
   let picture;
   try {
     picture = await createImageBitmap(file); // upright, as EXIF says
   } catch {
-    find("status").textContent = `${file.name} is not a picture that this browser reads.`;
+    if (mine === turn) find("status").textContent = `${file.name} is not a picture that this browser reads.`;
     return;
   }
+  if (mine !== turn) return;
   const canvas = new OffscreenCanvas(picture.width, picture.height);
   const context = canvas.getContext("2d");
   context.fillStyle = "white"; // behind what is transparent
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(picture, 0, 0);
-  photo = context.getImageData(0, 0, canvas.width, canvas.height);
+  next = context.getImageData(0, 0, canvas.width, canvas.height);
   find("status").textContent = "Looking …";
-  const rgb = photo.data.filter((_, index) => index % 4 < 3);
-  worker.postMessage({ rgb, height: photo.height, width: photo.width });
+  const rgb = next.data.filter((_, index) => index % 4 < 3);
+  worker.postMessage({ turn, rgb, height: next.height, width: next.width });
 }
 
 function draw() {

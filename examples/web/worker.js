@@ -23,13 +23,13 @@ opened.then(
   (error) => postMessage({ error: error.message }),
 );
 
-onmessage = async ({ data: { rgb, height, width } }) => {
+onmessage = async ({ data: { turn, rgb, height, width } }) => {
   try {
     const [session] = await opened;
     const start = performance.now();
     const image = new ort.Tensor("uint8", new Uint8Array(rgb), [1, height, width, 3]);
     const { edge_probability: edges } = await session.run({ image });
-    postMessage({ edges: edges.data, milliseconds: performance.now() - start });
+    postMessage({ turn, edges: edges.data, milliseconds: performance.now() - start });
   } catch (error) {
     postMessage({ error: error.message });
   }

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from trace_sdk import EdgeDetector
+from trace_sdk.cli import main
 from trace_sdk.engines import open_engine
 from trace_sdk.engines.manifest import seal, verify_seal
 from trace_sdk.errors import EngineError
@@ -108,6 +110,7 @@ ENGINE_NAMES: list[tuple[Any, str]] = [
     ("", "is a folder"),
     (".", "trace-sdk export"),
     ("/dev/null", "not a regular file"),
+    (300 * "x" + ".onnx", "File name too long. Check its name and permissions"),
 ]
 
 
@@ -116,6 +119,13 @@ def test_a_bad_engine_name(name: Any, message: str) -> None:
     with pytest.raises(EngineError) as caught:
         open_engine(name)
     assert message in str(caught.value)
+
+
+def test_a_student_is_no_engine_yet(tmp_path: Path) -> None:
+    (tmp_path / "student.json").touch()
+    for arguments in (["info"], ["deploy", "triton", str(tmp_path / "models"), "--engine"]):
+        result = CliRunner().invoke(main, [*arguments, str(tmp_path)])
+        assert result.exit_code == 1 and f"not an engine yet. Run: trace-sdk export {tmp_path} -o" in result.stderr
 
 
 def test_two_engines_with_swapped_content_do_not_pass_for_each_other(make_engine: MakeEngine) -> None:

@@ -3,7 +3,10 @@
 import copy
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
@@ -13,7 +16,7 @@ from PIL import Image
 
 from trace_sdk import EdgeDetector
 from trace_sdk.engines import open_engine
-from trace_sdk.errors import EngineError
+from trace_sdk.errors import EngineError, OutputError
 from trace_sdk.export.any_size import take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.onnx import TRACED, export_onnx
@@ -58,6 +61,11 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(
     np.testing.assert_allclose(engine.run(pixels).probability, expected, atol=1e-4)
 
     if precision == "fp16":
+        full_disk(monkeypatch)
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(OutputError, match="No space left"):
+            export_onnx(student, file, name="larger", precision=precision, default_size=104)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before, "the older engine is whole"
         return
     write_repository(file, tmp_path / "models", buckets=[64, 96])
     assert (tmp_path / "models/large/1/large.onnx.data").read_bytes() == data.read_bytes()
@@ -75,6 +83,17 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(
             data.write_bytes(content)
         with pytest.raises(EngineError, match=f"{re.escape(str(data))}.*{says}.*Copy it again"):
             open_engine(file, "cpu")
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room left for an engine's graph."""
+
+    @contextmanager
+    def full(path: Path) -> Iterator[IO[bytes]]:
+        raise OutputError(f"Cannot write {path}: No space left on device.")
+        yield
+
+    monkeypatch.setattr("trace_sdk.export.onnx.write_whole", full)
 
 
 def run_any_size(file: Path) -> bytes:

@@ -1,7 +1,9 @@
 """`trace-sdk export --precision`, from a student to an engine of fewer bits."""
 
 import copy
+import errno
 import json
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from trace_sdk import EdgeDetector
 from trace_sdk.cli import main
-from trace_sdk.errors import ArgumentError, ParityError
+from trace_sdk.errors import ArgumentError, OutputError, ParityError
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import Quantised
 from trace_sdk.export.onnx import export_onnx
@@ -113,6 +115,7 @@ def test_8_bits_that_are_far_from_torch_are_not_written(
     [
         (("--precision", "int8"), "int8 needs photos"),
         (("--calibrate", "."), "only those with 16-bit"),
+        (("--calibration", "minmax"), "--calibration is for --precision int8"),
         (("--precision", "int8", "--calibrate", "one"), "at least 2 photos"),
     ],
 )
@@ -136,6 +139,17 @@ def test_wrong_calibration_is_said_before_tracing(
     result = run("export", "student", "-o", "x.onnx", *arguments)
     assert result.exit_code == 2 and fragment in result.output
     assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(OutputError, match=r"Cannot write .*x\.onnx: Read-only file system"):
+        export_onnx(student, tmp_path / "x.onnx", name="x")
 
 
 @pytest.mark.parametrize("size", [0, -5, 15, 5000])

@@ -38,6 +38,21 @@ def test_a_student_runs_in_torch_as_its_engine_does(
         assert getattr(in_torch.manifest, name) == getattr(in_onnx.manifest, name), name
 
 
+def test_torch_takes_no_more_cores_than_a_container_gives(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student.save(tmp_path / "mine", {})
+    monkeypatch.setattr("trace_sdk.engines.torch.usable_cpus", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        for torchs, given, found in ((3, None, 2), (1, None, 1), (1, 3, 3)):
+            torch.set_num_threads(torchs)
+            assert EdgeDetector(tmp_path / "mine", device="cpu", threads=given).info["threads"] == found
+            assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_student_that_torch_cannot_run(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student.save(tmp_path / "mine", {})
     with pytest.raises(ArgumentError, match="onnxruntime cannot run"):

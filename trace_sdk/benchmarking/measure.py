@@ -26,6 +26,7 @@ from trace_sdk.detector import EdgeDetector
 from trace_sdk.engines.providers import CUDA, TENSORRT
 from trace_sdk.engines.tensorrt import PACKAGES
 from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.images import read_image
 from trace_sdk.machine import gpus
 
 COLD_STARTS = 5
@@ -73,6 +74,8 @@ def benchmark(
         ArgumentError: no engine, the same one twice, or a number below 1.
     """
     _check(engines, runs, rounds, batches)
+    for photo in photos:
+        read_image(photo)
     with _files(photos) as pictures:
         changes, known = _answers_checked(engines, pictures[0], size)
         tasks: dict[str, dict[str, Any]] = {}

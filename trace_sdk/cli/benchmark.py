@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from trace_sdk.cli.console import output, progress
+from trace_sdk.cli.console import FAILED, output, progress
 
 
 @click.command("benchmark", context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,6 +66,7 @@ def command(
     Engines are checked and run once before anything is timed; `change` is how far their edges are from the first
     engine's. Containers' limits hold: threads are what the control group and the affinity allow.
     """
+    from trace_sdk.atomic import make_folder
     from trace_sdk.benchmarking.measure import BATCHES, FORESTS, TEACHER, benchmark, steps
     from trace_sdk.benchmarking.report import need_matplotlib
     from trace_sdk.engines import BUNDLED
@@ -74,6 +75,8 @@ def command(
         raise click.UsageError("--plot needs a folder: -o DIR")
     if plot:
         need_matplotlib()
+    if out:
+        make_folder(out)
     engines = engines or BUNDLED
     given = {name: file for name, file in ((FORESTS, forests), (TEACHER, teacher)) if file is not None}
     with progress("benchmark", total=steps(engines, rounds, len(given))) as advance:
@@ -103,3 +106,5 @@ def command(
     if out:
         files = report.save(out, plot=plot)
         output.print(f"Written: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    if not any(row.info for row in report.rows):
+        raise click.exceptions.Exit(FAILED)

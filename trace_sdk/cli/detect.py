@@ -12,7 +12,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos, write_jpeg
+from trace_sdk.cli.photos import find_photos, save_jpeg
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
 
@@ -121,7 +121,7 @@ def command(
                     edges = detector.run(job.photo)
                     edges.save(out / f"{job.name}.edges.{form}")
                     if overlay:
-                        write_jpeg(edges.overlay(), out / f"{job.name}.overlay.jpg")
+                        save_jpeg(edges.overlay(), out / f"{job.name}.overlay.jpg")
                 except InputError as error:
                     failed += 1
                     say_error(error)

@@ -28,10 +28,15 @@ def command(as_json: bool) -> None:
     Exit code: 0 the engines that come with the package answer, 1 one of them does not
     """
     from trace_sdk.doctor import examine
+    from trace_sdk.errors import OutputError
     from trace_sdk.machine import cache_folder, hardware, versions
 
     packages = ("trace-sdk", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "torch", "cuda-bindings", "tensorrt")
-    about: dict[str, Any] = {**hardware(), **versions(packages), "cache": str(cache_folder())}
+    try:
+        cache = str(cache_folder())
+    except OutputError as error:
+        cache = f"none ({error})"
+    about: dict[str, Any] = {**hardware(), **versions(packages), "cache": cache}
     findings = []
     with status("doctor") as note:
         for finding in examine():

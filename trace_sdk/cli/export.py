@@ -150,6 +150,9 @@ def command(
         raise click.UsageError(f"{source} is neither a student's folder nor an .onnx engine.")
     if runtime:
         raise click.UsageError("--runtime builds an .onnx engine further: export the student to one first.")
+    given = click.get_current_context().get_parameter_source("calibration")
+    if precision != "int8" and given is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--calibration is for --precision int8.")
     from trace_sdk.export.onnx import export_onnx
     from trace_sdk.pretraining.training_images import list_photos
     from trace_sdk.student.folder import open_student

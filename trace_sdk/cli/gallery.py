@@ -11,7 +11,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos, write_jpeg
+from trace_sdk.cli.photos import find_photos, save_jpeg
 from trace_sdk.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def command(
                     pictures += _mask_pictures(edges, shown.get(job.photo.resolve()), masks, threshold)
                 for caption, picture in pictures:
                     name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
-                    write_jpeg(picture.convert("RGB"), out / name, quality=88)
+                    save_jpeg(picture.convert("RGB"), out / name, quality=88)
                     files.append((caption, quote(os.fsencode(name))))
             except InputError as error:
                 failed += 1

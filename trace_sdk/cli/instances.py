@@ -15,7 +15,7 @@ from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import cut_options, engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import find_photos, read_photo, write_jpeg
+from trace_sdk.cli.photos import find_photos, read_photo, save_jpeg
 from trace_sdk.errors import InputError
 
 
@@ -84,7 +84,7 @@ def command(
                     part = parts.get(key) if picture.is_file() else None
                     if part is None:
                         found = detector.run(job.photo).instances(threshold, min_area=min_area)
-                        write_jpeg(found.plot(), picture)
+                        save_jpeg(found.plot(), picture)
                         coco = found.to_coco(file_name=file_name)
                         part = {"image": coco["images"][0], "annotations": coco["annotations"]}
                         parts.put(key, part)

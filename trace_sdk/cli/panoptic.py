@@ -14,7 +14,7 @@ from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo, write_jpeg
+from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo, save_jpeg
 from trace_sdk.errors import DatasetError, InputError
 
 # What tools append to the stem of a photo, or a photo to that of its scene.
@@ -129,7 +129,7 @@ def command(
                         with write_whole(png) as file:
                             found.to_png().save(file, "PNG")
                         if plot:
-                            write_jpeg(found.plot(), coloured)
+                            save_jpeg(found.plot(), coloured)
                         image = {"id": number, "file_name": photo.name, "width": width, "height": height}
                         part = {"image": image, "annotation": found.to_coco(number, png.name)}
                         parts.put(key, part)

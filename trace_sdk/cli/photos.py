@@ -14,12 +14,12 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
+from trace_sdk.jpeg import write_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-LONGEST_JPEG = 65_500  # pixels, of libjpeg
 _OURS = (".edges.png", ".edges.tif", ".overlay.jpg", ".instances.jpg")
 
 
@@ -67,15 +67,13 @@ def read_photo(photo: Path) -> bytes:
         raise ImageError(f"{photo}: {error.strerror}. Check the name and its permissions.") from error
 
 
-def write_jpeg(picture: Image, file: Path, quality: int = 92) -> None:
+def save_jpeg(picture: Image, file: Path, quality: int = 92) -> None:
     """Write a picture, whole or not at all. Raises ImageError if it is too long for a JPEG, and OutputError."""
-    if max(picture.size) > LONGEST_JPEG:
-        raise ImageError(
-            f"{file} cannot be written: a JPEG has at most {LONGEST_JPEG} pixels a side, this picture is "
-            f"{picture.width}x{picture.height}. Cut the photo up."
-        )
-    with write_whole(file) as opened:
-        picture.save(opened, "JPEG", quality=quality)
+    try:
+        with write_whole(file) as opened:
+            write_jpeg(picture, opened, quality=quality)
+    except ImageError as error:
+        raise ImageError(f"{file} cannot be written. {error}") from error
 
 
 def _found(arguments: Iterable[str], out: Path) -> list[PhotoJob]:

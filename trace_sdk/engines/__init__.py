@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.backbones.checkpoint import PICKLE_NAMES, is_pickle
+from trace_sdk.engines.cuda import device_number
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.plan import MAGIC
 from trace_sdk.engines.tensorrt import PACKAGES
-from trace_sdk.errors import ArgumentError, EngineError
+from trace_sdk.errors import ArgumentError, DeviceError, EngineError
 
 ON_CPU, ON_GPU = "trace-nano", "trace-small"  # what is opened where no engine is named
 BUNDLED = (ON_CPU, ON_GPU)
@@ -101,7 +102,7 @@ def open_engine(
     if engine is None:
         return _open_default(device, threads, runtime, shapes)
     folder = Path(engine)
-    if (folder / "student.json").is_file():
+    if _is_student(folder):
         if runtime not in ("auto", "torch", "torch.compile"):
             raise ArgumentError(
                 f"{folder} is a student, which {runtime} cannot run. Export it, or use runtime='torch'."
@@ -109,6 +110,7 @@ def open_engine(
         from trace_sdk.engines.torch import TorchEngine
 
         return TorchEngine(folder, device, threads, compiled=runtime == "torch.compile", shapes=shapes)
+    number = device_number(device)
     model, source = read_engine(engine)
     built = model.startswith(MAGIC)
     if runtime.startswith("torch") or (built and runtime not in ("auto", *PACKAGES)):
@@ -118,9 +120,11 @@ def open_engine(
 
         reason = "asked for"
         if not built:
+            if device == "cpu":
+                raise DeviceError(f"{runtime} runs on NVIDIA GPUs only. Use runtime='onnxruntime' with device='cpu'.")
             from trace_sdk.export.tensorrt import build_once
 
-            model, reason = build_once(model, source, runtime, device=int(device.partition(":")[2] or 0))
+            model, reason = build_once(model, source, runtime, device=number)
         return TensorRTEngine(model, source, device, reason=reason, shapes=shapes)
     from trace_sdk.engines.onnx import OnnxEngine
 
@@ -167,21 +171,30 @@ def read_engine(engine: str | os.PathLike[str]) -> tuple[bytes, str]:
     if name in BUNDLED:
         return _read_bundled(name), name
     path = Path(name)
-    if path.is_dir():
-        raise EngineError(
-            f"{path} is a folder, and no student: it has no student.json. Give the folder of a student, or an engine "
-            "that `trace-sdk export` made of one."
-        )
-    if not path.exists():
-        raise EngineError(_missing(name))
-    if not path.is_file():
-        raise EngineError(f"{path} is not a regular file. Give the path of an .onnx engine.")
+    if _is_student(path):
+        raise EngineError(f"{path} is a student, not an engine yet. Run: trace-sdk export {path} -o {path.name}.onnx")
     try:
+        if path.is_dir():
+            raise EngineError(
+                f"{path} is a folder, and no student: it has no student.json. Give the folder of a student, or an "
+                "engine that `trace-sdk export` made of one."
+            )
+        if not path.exists():
+            raise EngineError(_missing(name))
+        if not path.is_file():
+            raise EngineError(f"{path} is not a regular file. Give the path of an .onnx engine.")
         model = path.read_bytes()
     except OSError as error:
-        raise EngineError(f"{path}: {error.strerror}. Check its permissions.") from error
+        raise EngineError(f"{path}: {error.strerror}. Check its name and permissions.") from error
     _refuse_foreign(model[:16], path)
     return model, str(path)
+
+
+def _is_student(folder: Path) -> bool:
+    try:
+        return (folder / "student.json").is_file()
+    except OSError:  # a folder that may not be looked into, a name that is too long: reading it says so
+        return False
 
 
 def _read_bundled(name: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -124,7 +125,13 @@ class BoundSession:
         return bound
 
     def _made(self, shape: Shape) -> _Bound:
-        image, edges = self._array(shape, np.uint8), self._array(shape[:3], self._answer)
+        with ExitStack() as undo:  # of pinned memory, when there is not enough for the rest
+            bound = self._bound_to(self._array(shape, np.uint8, undo), self._array(shape[:3], self._answer, undo))
+            undo.pop_all()
+        return bound
+
+    def _bound_to(self, image: NDArray[np.uint8], edges: NDArray[Any]) -> _Bound:
+        shape = image.shape
         if self._cuda is None:
             device_image, device_edges = (onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (image, edges))
         else:
@@ -145,8 +152,12 @@ class BoundSession:
             options.add_run_config_entry("gpu_graph_id", str(number))
         return _Bound(image, edges, device_image, device_edges, binding, options, session)
 
-    def _array(self, shape: Shape, dtype: DTypeLike) -> NDArray[Any]:
-        return np.empty(shape, dtype) if self._gpu is None else self._gpu.pinned(shape, dtype)
+    def _array(self, shape: Shape, dtype: DTypeLike, undo: ExitStack) -> NDArray[Any]:
+        if self._gpu is None:
+            return np.empty(shape, dtype)
+        array = self._gpu.pinned(shape, dtype)
+        undo.callback(self._gpu.unpin, array)
+        return array
 
     def _drop(self, shape: Shape) -> None:
         self._numbers.pop(shape, None)

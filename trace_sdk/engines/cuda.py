@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trace_sdk.errors import DeviceError, EngineError, MissingExtraError
+from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
+
+
+def device_number(device: str) -> int:
+    """That of the GPU in "cuda:N", else 0. Raises ArgumentError for what names no device."""
+    match = re.fullmatch(r"cpu|auto|cuda(?::([0-9]+))?", device) if isinstance(device, str) else None
+    if match is None:
+        raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    return int(match[1] or 0)
 
 
 def load_cuda() -> Any:

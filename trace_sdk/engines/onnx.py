@@ -6,8 +6,6 @@ dtype that the manifest says. Everything else about it is in the manifest.
 
 from __future__ import annotations
 
-import re
-import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +17,13 @@ from numpy.typing import NDArray
 
 from trace_sdk.engines.answers import checked, halved_once, joined
 from trace_sdk.engines.binding import BoundSession
+from trace_sdk.engines.cuda import device_number
+from trace_sdk.engines.fork import lock_for_forks
 from trace_sdk.engines.gpu_thread import GpuThread
 from trace_sdk.engines.manifest import Manifest, verify_data, verify_seal
 from trace_sdk.engines.model_proto import read_metadata
 from trace_sdk.engines.providers import CPU, Provider, Start, open_session, open_tensorrt
-from trace_sdk.errors import ArgumentError, DeviceError, EngineError
+from trace_sdk.errors import DeviceError, EngineError
 from trace_sdk.machine import usable_cpus
 
 _ANSWERS = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
@@ -33,7 +33,7 @@ class OnnxEngine:
     """One verified engine on one device. Safe to call from many threads: answers are made one after another.
 
     On a CPU the images of a batch run one by one: as fast there, a fraction of the memory, and each answer is
-    bit for bit the one that the image gets alone.
+    bit for bit the one that the image gets alone. It also works in a fork, which waits for the answers under way.
     """
 
     engine_reason = "asked for"
@@ -54,7 +54,7 @@ class OnnxEngine:
         With `tensorrt`, onnxruntime's TensorRT provider takes what it can and CUDA the rest. On CUDA each of `shapes`
         gets a CUDA graph; TensorRT's provider has one graph for all shapes, so it gets none.
         """
-        number = _device_number(device)
+        number = device_number(device)
         self.threads = usable_cpus() if threads is None else threads
         self.sha256 = verify_seal(model, source)
         self.manifest = Manifest.from_metadata(read_metadata(model, source), source)
@@ -80,7 +80,7 @@ class OnnxEngine:
             source=source,
         )
         self._gpu_thread = None if on_cpu else GpuThread(source)
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = lock_for_forks()
 
     @property
     def memory(self) -> str:
@@ -112,13 +112,6 @@ class OnnxEngine:
                 "Try a smaller size, or another device."
             ) from error
         return checked(answer, batch, self._source, self.device)
-
-
-def _device_number(device: str) -> int:
-    match = re.fullmatch(r"cpu|auto|cuda(?::(\d+))?", device) if isinstance(device, str) else None
-    if match is None:
-        raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.")
-    return int(match[1] or 0)
 
 
 def _not_on_a_cpu(

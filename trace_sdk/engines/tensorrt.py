@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trace_sdk.engines.answers import checked, halved_once, joined
-from trace_sdk.engines.cuda import Gpu, gpu_name
+from trace_sdk.engines.cuda import Gpu, device_number, gpu_name
 from trace_sdk.engines.gpu_thread import GpuThread
 from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.plan import ANY_GPU, Built, unpack
-from trace_sdk.errors import ArgumentError, DeviceError, EngineError, MissingExtraError
+from trace_sdk.errors import DeviceError, EngineError, MissingExtraError
 
 # Runtime → modules that may hold it, and the line that installs it.
 PACKAGES = {
@@ -81,10 +81,7 @@ class TensorRTEngine:
         """
         if device == "cpu":
             raise DeviceError(f"{source}: TensorRT runs on NVIDIA GPUs only. Use the ONNX engine with device='cpu'.")
-        _, _, number = device.partition(":")
-        if device.partition(":")[0] not in ("auto", "cuda") or not (number or "0").isdecimal():
-            raise ArgumentError(f"device={device!r} is not known. Use 'auto', 'cuda' or 'cuda:N'.")
-        self._number, self._source = int(number or 0), source
+        self._number, self._source = device_number(device), source
         self.manifest, self.built, plan, self.sha256 = unpack(data, source)
         self._known = frozenset(shapes(self.manifest))
         package = load_package(self.built.runtime)
@@ -149,7 +146,7 @@ class TensorRTEngine:
             self._gpu.call("cudaStreamSynchronize", self._stream)
             answer: NDArray[np.float32] = slot.edges.copy()
             if slot.graph is None and batch.shape[1:3] in self._known:
-                slot.graph = self._captured(slot)
+                self._capture(slot)
         except EngineError:
             # What failed for want of memory must not keep any: the half of it comes next.
             self._drop(batch.shape)
@@ -172,6 +169,15 @@ class TensorRTEngine:
             )
         copy(slot.edges.ctypes.data, slot.device_edges, slot.edges.nbytes, down, self._stream)
 
+    def _capture(self, slot: _Slot) -> None:
+        """Give a slot its graph; a shape that cannot have one is no longer known, and answers without."""
+        try:
+            slot.graph = self._captured(slot)
+        except EngineError as error:
+            height, width = slot.image.shape[1:3]
+            self._known -= {(height, width)}
+            self.device_reason += f"; {width}x{height} without a CUDA graph ({error})"
+
     def _captured(self, slot: _Slot) -> Any:
         """The CUDA graph of an answer: upload, network, download. A shape has to have been run before."""
         mode = self._gpu.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -180,9 +186,10 @@ class TensorRTEngine:
             self._enqueue(slot)
         finally:  # a stream left capturing could do nothing else
             graph = self._gpu.call("cudaStreamEndCapture", self._stream)
-        launchable = self._gpu.call("cudaGraphInstantiate", graph, 0)
-        self._gpu.call("cudaGraphDestroy", graph)
-        return launchable
+        try:
+            return self._gpu.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._gpu.call("cudaGraphDestroy", graph)
 
     def _slot(self, shape: tuple[int, ...]) -> _Slot:
         if shape in self._slots:

@@ -24,6 +24,7 @@ from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.torch_gpu import Captured, channels_last, fuse_normalisation, lower
 from trace_sdk.engines.torch_scaling import Scaling
 from trace_sdk.errors import EngineError, MissingExtraError
+from trace_sdk.machine import usable_cpus
 from trace_sdk.network_input import scaled_shape
 
 
@@ -47,7 +48,8 @@ class TorchEngine:
     ) -> None:
         """Args: `folder` of a student, the rest as in `open_engine`; `compiled` with torch.compile.
 
-        `threads` holds for all of torch in this process; None leaves torch's own number.
+        `threads` holds for all of torch in this process; None: torch's own number, which knows no container's limit,
+        but no more than the cores that this process may use.
         """
         if find_spec("torch") is None or find_spec("diffusers") is None:
             raise MissingExtraError(
@@ -68,9 +70,8 @@ class TorchEngine:
             "asked for" if device != "auto" else "auto: CUDA works" if there else "auto: this torch sees no GPU"
         )
         self.provider = f"torch {torch.__version__}{' compiled' if compiled else ''}"
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.threads = torch.get_num_threads()
+        self.threads = threads or min(torch.get_num_threads(), usable_cpus())
+        torch.set_num_threads(self.threads)
         self._source, self._torch, self._target = str(folder), torch, target
         on_cpu = self.device == "cpu"
         self._plain = EngineGraph(student.to(target), half_weights=False, share_softmax=on_cpu).to(target)

@@ -12,7 +12,7 @@ import io
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -26,12 +26,14 @@ from trace_sdk import __version__
 from trace_sdk.detector import EdgeDetector
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, InputError, MissingExtraError, OutOfMemoryError, TraceError, needs_extra
+from trace_sdk.jpeg import write_jpeg
 from trace_sdk.machine import usable_cpus
 
 with needs_extra("serve", "An HTTP server needs"):
     import uvicorn
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.applications import Starlette
+    from starlette.datastructures import QueryParams
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -40,6 +42,7 @@ with needs_extra("serve", "An HTTP server needs"):
 MOST_BYTES = 64 << 20  # of a photo's file
 MOST_SECONDS = 30.0  # that a client may take to send it
 MOST_WAITING = 32  # photos in the house, the one in the engine included
+LAST_SECONDS = 25  # for what is under way when the server is to end; orchestrators kill after 30
 Number = TypeVar("Number", int, float)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # buckets of the histogram
 
@@ -77,7 +80,7 @@ class EdgeServer:
                 Route("/health/ready", self._health),
                 Route("/metrics", self._show_metrics),
             ],
-            exception_handlers={HTTPException: _no_such},
+            exception_handlers={HTTPException: _no_such, Exception: _failed},
             lifespan=self._lifespan,
         )
 
@@ -104,9 +107,10 @@ class EdgeServer:
     async def _show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _photo(self, asked: Callable[[Mapping[str, str]], Draw], request: Request) -> Response:
+    async def _photo(self, asked: Callable[[QueryParams], Draw], request: Request) -> Response:
         """One photo: read, run, draw, and count how it went."""
         start = time.perf_counter()
+        response = Response(status_code=500)
         try:
             response = await self._answered(asked(request.query_params), request)
         except HTTPException as error:
@@ -115,8 +119,9 @@ class EdgeServer:
             response = _refusal(_status(error), str(error))
         except ClientDisconnect:
             response = Response(status_code=499)
-        self._metrics.requests.labels(request.url.path, response.status_code).inc()
-        self._metrics.seconds.labels("answer").observe(time.perf_counter() - start)
+        finally:
+            self._metrics.requests.labels(request.url.path, response.status_code).inc()
+            self._metrics.seconds.labels("answer").observe(time.perf_counter() - start)
         return response
 
     async def _answered(self, draw: Draw, request: Request) -> Response:
@@ -136,6 +141,10 @@ class EdgeServer:
 
     async def _body(self, request: Request) -> bytes:
         """The photo's file, not a byte more than allowed in memory."""
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise HTTPException(415, f"The body is a form. {_SEND}, not curl -F.")
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise HTTPException(415, f"The body is packed ({coding}). {_SEND}, as it is.")
         too_large = f"The file is larger than {self._most_bytes >> 20} MiB. Send a smaller one."
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_bytes:
@@ -151,23 +160,30 @@ class EdgeServer:
             too_slow = f"The photo had not arrived after {self._most_seconds:g} s. Send it again."
             raise HTTPException(408, too_slow) from None
         if not data:
-            raise HTTPException(400, "The request has no body. Send a photo's file: curl --data-binary @photo.jpg …")
+            raise HTTPException(400, f"The request has no body. {_SEND} …")
         return bytes(data)
 
 
+_SEND = "Send a photo's file: curl --data-binary @photo.jpg"
 Draw = Callable[[EdgeMap], Response]
+
+
+class _Photo(io.BytesIO):
+    """What a client sent, by the name that errors give it."""
+
+    name = "photo"
 
 
 def _work(detector: EdgeDetector, data: bytes, draw: Draw) -> tuple[Response, dict[str, float]]:
     """In a thread: the answer to a photo, and ms by stage."""
-    edges = detector.run(data)
+    edges = detector.run(_Photo(data))
     start = time.perf_counter()
     response = draw(edges)
     timings = {**edges.info["timings"], "draw": (time.perf_counter() - start) * 1e3}
     return response, {stage: value for stage, value in timings.items() if stage != "total"}
 
 
-def _edges(query: Mapping[str, str]) -> Draw:
+def _edges(query: QueryParams) -> Draw:
     """The picture of the edges that a query asks for."""
     draw = query.get("draw", "probability")
     if draw not in ("probability", "thin", "binary", "overlay"):
@@ -178,7 +194,7 @@ def _edges(query: Mapping[str, str]) -> Draw:
     def picture(edges: EdgeMap) -> Response:
         file = io.BytesIO()
         if draw == "overlay":
-            edges.overlay().save(file, "JPEG", quality=92)
+            write_jpeg(edges.overlay(), file)
             return Response(file.getvalue(), media_type="image/jpeg")
         if draw == "probability":
             edges.write_png(file)
@@ -190,7 +206,7 @@ def _edges(query: Mapping[str, str]) -> Draw:
     return picture
 
 
-def _instances(query: Mapping[str, str]) -> Draw:
+def _instances(query: QueryParams) -> Draw:
     """The instances that a query asks for, as a COCO data set."""
     _check(query, "threshold", "min_area")
     threshold, min_area = _number(query, "threshold", float), _number(query, "min_area", int)
@@ -201,12 +217,15 @@ def _instances(query: Mapping[str, str]) -> Draw:
     return coco
 
 
-def _check(query: Mapping[str, str], *known: str) -> None:
+def _check(query: QueryParams, *known: str) -> None:
     if unknown := sorted(set(query) - set(known)):
         raise ArgumentError(f"{unknown[0]} is no option here. Known: {', '.join(known)}.")
+    for name in known:
+        if len(values := query.getlist(name)) > 1:
+            raise ArgumentError(f"{name} is given {len(values)} times, as {', '.join(values)}. Give it once.")
 
 
-def _number(query: Mapping[str, str], name: str, kind: Callable[[str], Number]) -> Number | None:
+def _number(query: QueryParams, name: str, kind: Callable[[str], Number]) -> Number | None:
     if name not in query:
         return None
     try:
@@ -230,6 +249,11 @@ async def _no_such(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. POST a photo's file to /v1/edges; / is a page."
     return JSONResponse({"error": message}, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody thought of; uvicorn writes it to the log."""
+    return _refusal(500, f"The server failed ({type(error).__name__}); its log says how.")
 
 
 def _refusal(status: int, message: str) -> Response:
@@ -260,16 +284,23 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that can be none of a host
+        reason = getattr(error, "strerror", "no host name")
         raise ArgumentError(
-            f"Cannot listen on {host}, port {port}: {error.strerror}. Choose others with --host and --port; port 0 "
-            "takes a free one."
+            f"Cannot listen on {host}, port {port}: {reason}. Choose others with --host and --port; port 0 takes a "
+            "free one."
         ) from error
 
 
 def serve(server: EdgeServer, on: socket.socket) -> None:
-    """Answer until Ctrl-C or SIGTERM; photos that are in the house are finished first."""
-    config = uvicorn.Config(server.app, log_level="warning", access_log=False, server_header=False)
+    """Answer until Ctrl-C or SIGTERM; photos in the house are finished first, for LAST_SECONDS at most."""
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST_SECONDS,  # a client that does not read its answer would hold it for ever
+    )
     with _ends_quietly():
         uvicorn.Server(config).run(sockets=[on])
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trace_sdk.atomic import write_bytes
+from trace_sdk.atomic import unfinished_folder, write_bytes
 from trace_sdk.buckets import bucket_shapes, checked_buckets
 from trace_sdk.engines import ON_GPU, read_engine
 from trace_sdk.engines.manifest import ANSWER_TYPES, ANY_SIZE, Manifest, verify_data, verify_seal
@@ -116,20 +115,17 @@ def write_repository(
 
         served = _served(take_any_size(model, source, output=output), source)
     models = {name: {"config.pbtxt": _configuration(served, max_batch, sides).encode()}, **around}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for unfinished in Path(folder).glob(f".{name}.*"):  # of a process that was killed; a server would try to load it
-        shutil.rmtree(unfinished, ignore_errors=True)
     # The server may watch the folder: models appear in it whole, those that others need first.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as building:
-        version = Path(building, name, "1")
+    with unfinished_folder(Path(folder, name)) as building:
+        version = building / name / "1"
         write_bytes(version / f"model.{'onnx' if served.built is None else 'plan'}", served.model)
         if beside is not None:
             shutil.copyfile(beside / manifest.data["file"], version / manifest.data["file"])
         for model_name, files in models.items():
             for file, content in files.items():
-                write_bytes(Path(building, model_name, file), content)
+                write_bytes(building / model_name / file, content)
         for model_name in models:
-            Path(building, model_name).rename(Path(folder, model_name))
+            (building / model_name).rename(Path(folder, model_name))
     return target
 
 
