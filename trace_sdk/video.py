@@ -162,7 +162,7 @@ def open_video(video: Path) -> Iterator[Clip]:
                     seconds = float(number / rate) if frame.time is None else frame.time
                     start = seconds if start is None else start
                     picture = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-                    turns = round(getattr(frame, "rotation", 0) / 90)  # PyAV 14.0 does not tell
+                    turns = round(frame.rotation / 90)
                     yield seconds - start, np.rot90(picture, turns)
             except (OSError, ValueError) as error:
                 raise ImageError(f"{video} is damaged ({error}). Give a whole file.") from error
