@@ -323,7 +323,7 @@ def test_threads(tiny_engine: Path) -> None:
     assert EdgeDetector(tiny_engine, threads=3).info["threads"] == 3
     options = EdgeDetector(tiny_engine, threads=3)._engine._session.get_session_options()  # type: ignore[attr-defined]
     assert options.intra_op_num_threads == 3
-    for wrong in (0, -1, 1.5, True, "2"):
+    for wrong in (0, -1, 1.5, True, "2", 1025):
         with pytest.raises(ArgumentError, match="threads="):
             EdgeDetector(tiny_engine, threads=wrong)  # type: ignore[arg-type]
 
@@ -366,7 +366,7 @@ def test_padding_to_a_bucket_is_cut_off_again(tiny_engine: Path) -> None:
     assert bucketed.info["buckets"] == (96, 256) and plain.info["buckets"] == ()
 
 
-@pytest.mark.parametrize("buckets", [[], [60], [8], [2048], [64.0], ["64"], [True], [64, -8], "64"])
+@pytest.mark.parametrize("buckets", [[], [60], [8], [2048], [64.0], ["64"], [True], [64, -8], "64", 64])
 def test_wrong_buckets(tiny_engine: Path, buckets: Any) -> None:
     with pytest.raises(ArgumentError, match="multiples of 8 from 16 to 1024"):
         EdgeDetector(tiny_engine, buckets=buckets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from trace_sdk.network_input import padded_length
 def checked_buckets(buckets: Sequence[int], manifest: Manifest) -> tuple[int, ...]:
     """Those lengths, sorted, each once. Raises ArgumentError if the engine does not take one of them."""
     step, least, most = manifest.multiple_of, manifest.min_size, manifest.max_size
-    sides = sorted(set(buckets)) if all(map(is_whole, buckets)) else []
+    whole = isinstance(buckets, Iterable) and all(map(is_whole, buckets))
+    sides = sorted(set(buckets)) if whole else []
     if not sides or sides[0] < least or sides[-1] > most or any(side % step for side in sides):
         raise ArgumentError(
             f"buckets={buckets!r} must be multiples of {step} from {least} to {most}, at least one, for "

@@ -28,6 +28,7 @@ from trace_sdk.network_input import fit, scaled_shape, unfit
 from trace_sdk.tiling import Window, blend, tiles
 
 SIZES = (16, 8192)  # longest side that the network may be asked to see, pixels
+MOST_THREADS = 1024  # all of them are started, and spin
 BATCH = 8  # images that run_batch gives to the engine at once
 
 
@@ -87,8 +88,8 @@ class EdgeDetector:
         """
         if size is not None and (not is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
-        if threads is not None and (not is_whole(threads) or threads < 1):
-            raise ArgumentError(f"threads={threads!r} must be a whole number of at least 1.")
+        if threads is not None and (not is_whole(threads) or not 1 <= threads <= MOST_THREADS):
+            raise ArgumentError(f"threads={threads!r} must be a whole number, 1 to {MOST_THREADS}.")
         self._engine = open_engine(engine, device, threads, runtime, partial(self._known_shapes, size, buckets))
 
     def _known_shapes(
