@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trace_sdk.errors import DatasetError
+from trace_sdk.alone import alone
+from trace_sdk.errors import DatasetError, OutputError
 from trace_sdk.training.history import CURVES
 from trace_sdk.training.loop import train_until
 from trace_sdk.training.state import STATE
@@ -121,3 +122,18 @@ def test_it_trains_outside_of_the_main_thread_too(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert trainer.step == 3
+
+
+def test_one_training_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(OutputError, match="Another process is writing"):
+        train_until(1, Counting({}), tmp_path, 1e9, lambda *_: None)
+    assert not list(tmp_path.iterdir())
+    train_until(1, Counting({}), tmp_path, 1e9, lambda *_: None)
+    assert (tmp_path / STATE).is_file()
+
+
+def test_what_a_kill_left_of_a_state_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".{STATE}.a1b2c3.tmp"
+    left.write_bytes(b"half")
+    train_until(1, Counting({}), tmp_path, 1e9, lambda *_: None)
+    assert not left.exists()

@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from trace_sdk.atomic import make_folder
+from trace_sdk.alone import alone
+from trace_sdk.atomic import make_folder, remove
 from trace_sdk.errors import ArgumentError, TraceError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
@@ -58,12 +59,20 @@ def train_until(
 
     Raises:
         ArgumentError: `workers` is negative.
-        OutputError: `out` cannot be written to.
+        OutputError: `out` cannot be written to, or another process is writing there.
     """
     if workers < 0:
         raise ArgumentError(f"workers must be at least 0, got {workers}.")
     make_folder(out)
+    with alone(out) if process_index() == 0 else nullcontext():
+        _train(steps, trainer, out, save_seconds, report, workers)
+
+
+def _train(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report, workers: int) -> None:
     file, history = out / STATE, History(out)
+    if process_index() == 0:
+        for left in out.glob(f".{STATE}.*.tmp"):  # by a process that was killed while it wrote
+            remove(left)
     if file.is_file():
         trainer.restore(file)
         history.restore(trainer.step)
