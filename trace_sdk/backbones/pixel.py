@@ -177,7 +177,7 @@ class PixelBackbone(Placed):
             tap = SelfAttentionTap(
                 on_attention, lambda queries, keys: (image, grid), self._calls, share_softmax=share_softmax
             )
-        reduced = torch.is_autocast_enabled(x_t.device.type)
+        reduced = x_t.device.type != "meta" and torch.is_autocast_enabled(x_t.device.type)
         with tap, _unremarked_norms() if reduced else nullcontext():
             answer = self.denoiser(**inputs)[0]
         return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, grid), PATCH)
