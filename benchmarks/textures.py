@@ -27,8 +27,8 @@ from trace_sdk import EdgeDetector
 from trace_sdk.atomic import write_text
 from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.baselines import canny, lab_gradient
-from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.machine import commit
+from trace_sdk.thinning import thin_ridges
 
 RGB = NDArray[np.uint8]
 Edges = NDArray[np.float32]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from trace_sdk.evaluation.datasets import Dataset, Sample, instance_boundaries, open_dataset
 from trace_sdk.evaluation.edges import count_edges, score_edges
-from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.network_input import fit, unfit
 from trace_sdk.pretraining.scenes import compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
+from trace_sdk.thinning import thin_ridges
 
 DRAWN, DRAWN_SIDE = 12, 256
 EVALUATED = 200  # photos of a data set, at most

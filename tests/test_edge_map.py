@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from trace_sdk import EdgeDetector, EdgeMap
-from trace_sdk.edge_map import _blur
 from trace_sdk.errors import ArgumentError, OutputError
+from trace_sdk.thinning import _blur
 
 Float = NDArray[np.float32]
 

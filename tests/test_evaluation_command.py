@@ -21,8 +21,9 @@ from trace_sdk.evaluation import evaluate as evaluation
 from trace_sdk.evaluation import methods
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.edges import count_edges
-from trace_sdk.evaluation.evaluate import evaluate, thin_ridges
+from trace_sdk.evaluation.evaluate import evaluate
 from trace_sdk.evaluation.methods import EdgeFolder, Engine, Function, read_edges
+from trace_sdk.thinning import thin_ridges
 
 NAMES = ("a", "b", "c")
 

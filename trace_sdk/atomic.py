@@ -30,7 +30,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{_shortened(target.name)}.", suffix=".tmp")
     except OSError as error:
-        raise OutputError(_explain(target, error)) from error
+        raise cannot_write(target, error) from error
     try:
         os.close(descriptor)
         yield Path(name)
@@ -40,7 +40,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         Path(name).replace(target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise OutputError(_explain(target, error)) from error
+        raise cannot_write(target, error) from error
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def make_folder(folder: str | Path) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(_explain(Path(folder), error)) from error
+        raise cannot_write(Path(folder), error) from error
 
 
 def remove(path: str | Path) -> None:
@@ -76,7 +76,7 @@ def remove(path: str | Path) -> None:
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(_explain(Path(path), error)) from error
+        raise cannot_write(Path(path), error) from error
 
 
 @contextmanager
@@ -97,7 +97,15 @@ def unfinished_folder(path: str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, alone(Path(folder)):
             yield Path(folder)
     except OSError as error:
-        raise OutputError(_explain(target, error)) from error
+        raise cannot_write(target, error) from error
+
+
+def cannot_write(target: Path, error: OSError) -> OutputError:
+    """What to raise where the system refuses a file or a folder."""
+    reason = error.strerror or str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = next((f"{file} is a file" for file in (target, *target.parents) if file.is_file()), reason)
+    return OutputError(f"Cannot write {target}: {reason}. Choose a folder that exists, is writable and has room (-o).")
 
 
 def _shortened(name: str) -> str:
@@ -119,10 +127,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _explain(target: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        reason = next((f"{file} is a file" for file in (target, *target.parents) if file.is_file()), reason)
-    return f"Cannot write {target}: {reason}. Choose a folder that exists, is writable and has room (-o)."

@@ -18,8 +18,8 @@ from trace_sdk.engines import BUNDLED
 from trace_sdk.evaluation.baselines import lab_gradient
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.edges import MAX_DIST
-from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.evaluation.methods import Engine, Function, Method
+from trace_sdk.thinning import thin_ridges
 
 BINS = np.linspace(0, 1, 11)
 

@@ -12,7 +12,7 @@ from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import check_apart, find_photos, read_photo
+from trace_sdk.cli.photos import check_apart, find_photos, photo_count, read_photo
 from trace_sdk.errors import InputError
 
 
@@ -89,7 +89,7 @@ def command(
                 say_error(error)
             advance(note=job.photo.name)
     trouble = f", {failed} failed" if failed else ""
-    done = f"{len(jobs) - failed} photo{'' if len(jobs) - failed == 1 else 's'}"
+    done = photo_count(len(jobs) - failed)
     output.print(f"{done} → {out}{trouble}: {count} cut-outs", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)

@@ -12,7 +12,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos, save_jpeg
+from trace_sdk.cli.photos import find_photos, photo_count, save_jpeg
 from trace_sdk.engines import RUNTIMES
 from trace_sdk.errors import InputError
 
@@ -178,7 +178,7 @@ def camera_number(source: str) -> int | None:
 
 
 def _summary(milliseconds: list[float], failed: int, seconds: float, out: Path, info: dict[str, object]) -> str:
-    count = f"{len(milliseconds)} photo{'' if len(milliseconds) == 1 else 's'}"
+    count = photo_count(len(milliseconds))
     trouble = f", {failed} failed" if failed else ""
     speed = f"median {median(milliseconds):.0f} ms, " if milliseconds else ""
     where = f"{info['engine']} on {info['device']}, size {info['size']}"

@@ -11,7 +11,7 @@ import click
 
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import engine_options
-from trace_sdk.cli.photos import find_photos, save_jpeg
+from trace_sdk.cli.photos import find_photos, photo_count, save_jpeg
 from trace_sdk.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def command(
             advance(note=job.photo.name)
     write_page(out / "index.html", title, exhibits)
     trouble = f", {failed} failed" if failed else ""
-    done = f"{len(exhibits)} photo{'' if len(exhibits) == 1 else 's'}"
+    done = photo_count(len(exhibits))
     output.print(f"{done} → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)

@@ -15,7 +15,7 @@ from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
 from trace_sdk.cli.options import cut_options, engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import find_photos, read_photo, save_jpeg
+from trace_sdk.cli.photos import find_photos, photo_count, read_photo, save_jpeg
 from trace_sdk.errors import InputError
 
 
@@ -105,7 +105,7 @@ def command(
     trouble = f", {failed} failed" if failed else ""
     earlier = f" ({skipped} were done already)" if skipped else ""
     output.print(
-        f"{len(done)} photo{'' if len(done) == 1 else 's'}{earlier} → {out}{trouble}: {count} instances in "
+        f"{photo_count(len(done))}{earlier} → {out}{trouble}: {count} instances in "
         f"{out / 'instances.json'}, total {seconds:.1f} s ({made_with['engine']} on {detector.info['device']}, "
         f"size {detector.size}, threshold {made_with['threshold']:.3g})",
         markup=False,

@@ -14,7 +14,7 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
-from trace_sdk.jpeg import write_jpeg
+from trace_sdk.pictures import write_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,6 +65,11 @@ def read_photo(photo: Path) -> bytes:
         return photo.read_bytes()
     except OSError as error:
         raise ImageError(f"{photo}: {error.strerror}. Check the name and its permissions.") from error
+
+
+def photo_count(count: int) -> str:
+    """How many, for people: 1 photo, 2 photos."""
+    return f"{count} photo{'' if count == 1 else 's'}"
 
 
 def save_jpeg(picture: Image, file: Path, quality: int = 92) -> None:

@@ -11,7 +11,7 @@ import click
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, output, progress, say_error
 from trace_sdk.cli.options import cut_options, engine_options
-from trace_sdk.cli.photos import find_photos
+from trace_sdk.cli.photos import find_photos, photo_count
 from trace_sdk.errors import InputError
 
 
@@ -95,7 +95,7 @@ def command(
                 write_text(out / f"{job.name}.prompts.json", json.dumps(content))
             advance(note=job.photo.name)
     trouble = f", {failed} failed" if failed else ""
-    done = f"{len(jobs) - failed} photo{'' if len(jobs) - failed == 1 else 's'}"
+    done = photo_count(len(jobs) - failed)
     output.print(f"{done} → {out}{trouble}: {count} prompts", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)

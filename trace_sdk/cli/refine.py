@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +140,18 @@ def command(
     predictions = read_predictions(masks, images, annotations, on_bad)
     if not predictions.images:
         raise DatasetError(f"{masks} has no mask of a photo in {images}. Give the folder of its photos.")
-    find = None if folder is None else _finder(folder, images, [image.photo for image in predictions.images])
-    edges_of, made_with = _edge_source(engine, device, size, folder, find, threshold)
+    find: Callable[[Path], Path] | None = None
+    edges_of: Callable[[Path], EdgeMap | EdgeFile]
+    if folder is None:
+        from trace_sdk.detector import EdgeDetector
+
+        detector = EdgeDetector(engine, device=device, size=size)
+        edges_of, made_with = detector.run, engine_facts(detector, threshold)
+    elif threshold is None or engine is not None or size is not None:
+        raise ArgumentError("--edges takes the place of --engine and --size, and needs a --threshold of its own.")
+    else:
+        find = _finder(folder, images, [image.photo for image in predictions.images])
+        edges_of, made_with = partial(_edge_file, find, threshold), {"edges": folder.name, "threshold": threshold}
     parts = Parts(out.with_name(f"{out.name}.parts"), {"version": __version__, **made_with})
     refined: list[dict[str, Any]] = []
     edge_seconds = refine_seconds = 0.0
@@ -220,31 +231,10 @@ def command(
     )
 
 
-def _edge_source(
-    engine: str | None,
-    device: str,
-    size: int | None,
-    folder: Path | None,
-    find: Callable[[Path], Path] | None,
-    threshold: float | None,
-) -> tuple[Callable[[Path], EdgeMap | EdgeFile], dict[str, Any]]:
-    """Photo → edges, and what they depend on. find: photo → file of its edges in `folder`."""
-    if folder is not None and find is not None:
-        if threshold is None or engine is not None or size is not None:
-            raise ArgumentError("--edges takes the place of --engine and --size, and needs a --threshold of its own.")
-        if not folder.is_dir():
-            raise DatasetError(f"{folder} is not a folder. Give the folder of the edge maps.")
-        made = {"edges": folder.name, "threshold": threshold}
-        return lambda photo: EdgeFile(find(photo), photo, threshold), made
-
-    from trace_sdk.detector import EdgeDetector
-
-    detector = EdgeDetector(engine, device=device, size=size)
-    return detector.run, engine_facts(detector, threshold)
-
-
 def _finder(folder: Path, images: Path, photos: Sequence[Path]) -> Callable[[Path], Path]:
     """Photo → its edge map in a folder that keeps the sub-folders of `images`, or has none."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder. Give the folder of the edge maps.")
     stems = Counter(photo.stem for photo in photos)
 
     def find(photo: Path) -> Path:
@@ -260,6 +250,10 @@ def _finder(folder: Path, images: Path, photos: Sequence[Path]) -> Callable[[Pat
         return file
 
     return find
+
+
+def _edge_file(find: Callable[[Path], Path], threshold: float, photo: Path) -> EdgeFile:
+    return EdgeFile(find(photo), photo, threshold)
 
 
 def _job(edges: EdgeMap | EdgeFile, image: PredictedImage, file: Path, threshold: float | None) -> Answer:

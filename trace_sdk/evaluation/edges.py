@@ -168,7 +168,7 @@ def count_edges(
     `touching.judged`.
 
     Args:
-        probability: float [H, W] in [0, 1], soft edge map, usually after `trace_sdk.edge_map.thin`.
+        probability: float [H, W] in [0, 1], soft edge map, usually after `trace_sdk.thinning.thin_ridges`.
         boundaries: one bool [H, W] map for each annotator, lines one pixel wide, at least one map.
         thresholds: how many, see `threshold_values`.
         max_dist: tolerance as a share of the image diagonal, > 0.

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.atomic import write_text
-from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.evaluation.datasets import Dataset, Sample
 from trace_sdk.evaluation.edges import (
@@ -31,6 +30,7 @@ from trace_sdk.evaluation.edges import (
 from trace_sdk.evaluation.methods import EdgeFolder, Method
 from trace_sdk.evaluation.touching import Touching
 from trace_sdk.pool import job_pool
+from trace_sdk.thinning import thin_ridges
 
 _PROTOCOL = "2"  # part of every cache key; raise it when the counting changes
 
@@ -116,13 +116,6 @@ def annotator_agreement(
                 counts.append(count_edges(own.astype(np.float32), others, thresholds=1, max_dist=max_dist))
         on_image(sample.name)
     return score_edges(counts, max_dist).ods if counts else None
-
-
-def thin_ridges(edges: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The thinning that every method's map goes through: `EdgeMap.thin` at its own size; float32 [H, W]."""
-    height, width = edges.shape
-    blank = np.zeros((height, width, 3), np.uint8)
-    return EdgeMap(edges.astype(np.float32), blank, info={"network_size": (width, height)}).thin()
 
 
 def _run(dataset: Dataset, sample: Sample, method: Method) -> tuple[NDArray[np.float32], float | None]:

@@ -9,7 +9,6 @@ labels are never changed and every pixel keeps its class. Stuff of one class is 
 from __future__ import annotations
 
 import colorsys
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.label_sets import LabelSet
 from trace_sdk.instances.splitting import split_masks
 from trace_sdk.instances.walk import Regions
+from trace_sdk.pictures import png_bytes
 
 FILL = 0.55  # opacity of the colours over the picture
 
@@ -80,9 +80,7 @@ class Panoptic:
         return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.plot().save(file, "PNG")
-        return file.getvalue()
+        return png_bytes(self.plot())
 
     def __repr__(self) -> str:
         height, width = self.ids.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from trace_sdk import __version__
 from trace_sdk.errors import ArgumentError, MissingExtraError
 from trace_sdk.images import ImageInput, read_image
 from trace_sdk.instances.coco import CATEGORY, encode_runs
+from trace_sdk.pictures import png_bytes
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -195,9 +195,7 @@ class Instances:
         return PIL.Image.fromarray(mixed)
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.plot().save(file, "PNG")
-        return file.getvalue()
+        return png_bytes(self.plot())
 
     def __repr__(self) -> str:
         height, width = self.labels.shape

@@ -10,8 +10,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from trace_sdk.atomic import make_folder, remove
-from trace_sdk.errors import OutputError
+from trace_sdk.atomic import cannot_write, make_folder, remove
 
 STALE_SECONDS = 120.0
 
@@ -82,7 +81,7 @@ class Claims:
             return False
         except OSError as error:
             remove(file)  # an empty one, where the disk is full, would count as held until it is stale
-            raise _cannot_write(file, error) from error
+            raise cannot_write(file, error) from error
         return True
 
     def _abandoned(self, file: Path) -> bool:
@@ -94,7 +93,7 @@ class Claims:
             with tempfile.NamedTemporaryFile(dir=self._folder) as now:
                 age = os.fstat(now.fileno()).st_mtime - touched
         except OSError as error:
-            raise _cannot_write(self._folder, error) from error
+            raise cannot_write(self._folder, error) from error
         return age > self._stale_seconds or self._is_gone(holder)
 
     def _is_gone(self, holder: str) -> bool:
@@ -125,7 +124,3 @@ class Claims:
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}.claim"
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"Cannot write {path}: {error.strerror}. Choose another folder (-o).")

@@ -26,8 +26,8 @@ from trace_sdk import __version__
 from trace_sdk.detector import EdgeDetector
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, InputError, MissingExtraError, OutOfMemoryError, TraceError, needs_extra
-from trace_sdk.jpeg import write_jpeg
 from trace_sdk.machine import usable_cpus
+from trace_sdk.pictures import write_jpeg
 
 with needs_extra("serve", "An HTTP server needs"):
     import uvicorn

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from trace_sdk.evaluation.edges import THRESHOLDS, added_up, count_edges, harmonic_mean
-from trace_sdk.evaluation.evaluate import thin_ridges
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.teacher.pseudo_labels import EDGE
+from trace_sdk.thinning import thin_ridges
 
 AS_GOOD = 0.99  # of the best F-measure on scenes
 

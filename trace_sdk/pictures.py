@@ -1,7 +1,8 @@
-"""Pictures for people, as JPEG."""
+"""Pictures for people, as JPEG and as PNG."""
 
 from __future__ import annotations
 
+import io
 from typing import IO, TYPE_CHECKING
 
 from trace_sdk.errors import ImageError
@@ -20,3 +21,10 @@ def write_jpeg(picture: Image, file: IO[bytes], *, quality: int = 92) -> None:
             "Cut the photo up."
         )
     picture.save(file, "JPEG", quality=quality)
+
+
+def png_bytes(picture: Image) -> bytes:
+    """The PNG file of a picture, as notebooks take it."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
