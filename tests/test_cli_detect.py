@@ -69,11 +69,11 @@ def test_verbose_lists_what_ran(detect: Detect) -> None:
 
 
 def test_folders_keep_their_sub_folders(detect: Detect) -> None:
-    photos("in/b.JPG", "in/a.webp", "in/sub/deep/c.png", "in/.hidden.png", "in/.cache/x.png")
+    photos("in/b.JPG", "in/a.webp", "in/sub/deep/c.png", "in/d.heic", "in/.hidden.png", "in/.cache/x.png")
     Path("in/notes.txt").write_text("no photo")
     assert detect("in", "--overlay").exit_code == 0
     assert written() == [
-        "a.edges.png", "a.overlay.jpg", "b.edges.png", "b.overlay.jpg",
+        "a.edges.png", "a.overlay.jpg", "b.edges.png", "b.overlay.jpg", "d.edges.png", "d.overlay.jpg",
         "sub/deep/c.edges.png", "sub/deep/c.overlay.jpg",
     ]  # fmt: skip
     assert PIL.Image.open("out/a.overlay.jpg").size == PHOTO.size

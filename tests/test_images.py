@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk.errors import ImageError
-from trace_sdk.images import read_image
+from trace_sdk.images import read_image, upright_size
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 GREY = PHOTO[:, :, 0]
+HEIC = Path(__file__).parent / "pictures" / "turned.heic"
 
 
 def encoded(picture: PIL.Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -181,10 +183,34 @@ def test_cmyk_jpeg_is_not_inverted() -> None:
     assert np.abs(rgb.astype(int) - [200, 20, 30]).max() <= 6
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_formats_and_odd_sizes(form: str) -> None:
     for size in [(1, 1), (1, 500), (500, 1), (63, 111)]:
         assert read_image(encoded(PIL.Image.new("RGB", size, "teal"), form)).rgb.shape == (size[1], size[0], 3)
+
+
+def test_a_phones_heic_is_read_upright_and_pillow_stays_as_it_was() -> None:
+    pytest.importorskip("pi_heif", reason="the extra heic is not installed")
+    # A picture of 96×64 stored on its side with an `irot` box, as iPhones do.
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:32, :32] = 255
+    upright[32:, 64:, 0] = 255
+    data = HEIC.read_bytes()
+    for image in (HEIC, data, io.BytesIO(data)):
+        assert np.abs(read_image(image).rgb.astype(int) - upright).max() <= 2
+    assert upright_size(data, "turned.heic") == (96, 64)
+    with pytest.raises(ImageError, match="damaged or incomplete"):
+        read_image(data[:-50])
+    with pytest.raises(PIL.UnidentifiedImageError):
+        PIL.Image.open(HEIC)
+
+
+def test_a_heic_without_its_package_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(ImageError, match=r"turned\.heic: is a HEIC photo\. `pip install 'trace-sdk\[heic\]'`"):
+        read_image(HEIC)
+    with pytest.raises(ImageError, match=r"phone: is a HEIC photo\."):
+        upright_size(HEIC.read_bytes(), "phone")
 
 
 def test_the_photo_of_a_phones_mpo_is_taken() -> None:

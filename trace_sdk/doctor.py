@@ -28,6 +28,7 @@ WHAT_EXTRAS_ADD = {
     "instances": "instances, refine, panoptic, prompts, gallery",
     "evaluate": "evaluate, and Canny in benchmark",
     "video": "detect on videos",
+    "heic": "photos of iPhones",
     "serve": "serve",
     "ray": "label on a Ray cluster",
     "tensorrt-rtx": "TensorRT-RTX engines, and pinned memory on GPUs",

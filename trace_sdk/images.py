@@ -30,7 +30,12 @@ ImageInput: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | PIL.Image.Image | NDArray[Any] | Tensor"
 )
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # and HEIC, with the extra of that name
+PHOTO_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".hif",
+}  # fmt: skip
+# How an ISO media file that begins so is called; others are video.
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 # Below the size at which Pillow starts to warn (89 million), so that no global limit of Pillow is touched.
 MAX_PIXELS = 80_000_000
 
@@ -101,7 +106,7 @@ def upright_size(data: bytes, source: str) -> tuple[int, int]:
     Raises:
         ImageError: it is none of the readable formats.
     """
-    with _damage_reported(source), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+    with _damage_reported(source), _open(io.BytesIO(data), source) as picture:
         turned = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         width, height = picture.size
     return (height, width) if turned else (width, height)
@@ -149,18 +154,37 @@ def _read(file: Any, source: str) -> bytes:
 
 
 def _decode(file: IO[bytes], source: str) -> NDArray[np.uint8]:
+    with _damage_reported(source), _open(file, source) as picture:
+        return _pixels(picture, source)
+
+
+def _open(file: IO[bytes], source: str) -> PIL.Image.Image:
+    """The picture with its size known and its pixels not yet decoded."""
     head = file.read(32)
     file.seek(0)
     if not head:
         raise ImageError(f"{source}: is empty (0 bytes). Save or download the picture again.")
-    with _damage_reported(source):
-        try:
-            picture = PIL.Image.open(file, formats=FORMATS)
-        except PIL.UnidentifiedImageError:
-            formats = ", ".join(FORMATS)
-            raise ImageError(f"{source}: {_what_it_is(head)}. Readable formats: {formats}.") from None
-        with picture:
-            return _pixels(picture, source)
+    try:
+        return PIL.Image.open(file, formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
+            file.seek(0)
+            return _open_heif(file, source)
+        raise ImageError(
+            f"{source}: {_what_it_is(head)}. Readable formats: {', '.join(FORMATS)}, HEIC with trace-sdk[heic]."
+        ) from None
+
+
+def _open_heif(file: IO[bytes], source: str) -> PIL.Image.Image:
+    try:
+        # Opened by its class: registering the format would change what Pillow reads for the whole process.
+        from pi_heif import HeifImageFile
+    except ImportError as error:
+        raise ImageError(
+            f"{source}: is a HEIC photo. `pip install 'trace-sdk[heic]'` makes them readable; or convert it to JPEG."
+        ) from error
+    picture: PIL.Image.Image = HeifImageFile(file)
+    return picture
 
 
 @contextmanager
@@ -185,7 +209,7 @@ def _what_it_is(head: bytes) -> str:
         if start.startswith(magic):
             return f"is {meaning}"
     if head[4:8] == b"ftyp":
-        return "is a HEIC, AVIF or video file; convert it to JPEG first"
+        return "is a video, or a photo in a rare form of HEIC; convert a photo to JPEG first"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return "is text, not a picture"
     return "is not a picture, or one that is damaged from its first bytes on"

@@ -80,7 +80,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("drawing2.png", b"<?xml version='1.0'?><svg/>", "SVG"),
     ("paper.jpg", b"%PDF-1.7\n\x00\x01", "PDF"),
     ("archive.jpg", b"PK\x03\x04" + bytes(60), "zip archive"),
-    ("phone.jpg", b"\0\0\0\x18ftypheic" + bytes(50), "HEIC"),
+    ("phone.jpg", b"\0\0\0\x18ftypheic" + bytes(50), "damaged or incomplete"),
     ("movie.png", b"\0\0\0\x18ftypmp42" + bytes(50), "video"),
     ("array.png", b"\x93NUMPY\x01\0" + bytes(60), "numpy.load"),
     ("zeros.jpg", bytes(5000), "is not a picture"),

@@ -14,8 +14,9 @@ from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options
 from trace_sdk.cli.parts import Parts, engine_facts
-from trace_sdk.cli.photos import PHOTO_SUFFIXES, read_photo, save_jpeg
+from trace_sdk.cli.photos import read_photo, save_jpeg
 from trace_sdk.errors import DatasetError, InputError
+from trace_sdk.images import PHOTO_SUFFIXES
 
 # What tools append to the stem of a photo, or a photo to that of its scene.
 _SEMANTIC_ENDS = ("_gtFine_labelIds", "_gtFine_labelTrainIds", "_gtCoarse_labelIds", "_labelIds", "_labelTrainIds")

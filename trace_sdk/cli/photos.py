@@ -14,12 +14,12 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
+from trace_sdk.images import PHOTO_SUFFIXES
 from trace_sdk.pictures import write_jpeg
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _OURS = (".edges.png", ".edges.tif", ".overlay.jpg", ".instances.jpg")
 
 

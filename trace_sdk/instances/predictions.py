@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.images import PHOTO_SUFFIXES
 from trace_sdk.instances.coco import UNREADABLE, decode_mask
 
 if TYPE_CHECKING:
     from trace_sdk.edge_map import EdgeMap
     from trace_sdk.instances.propagation import RefinedMasks
 
-_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _LARGEST = sys.float_info.max  # whole numbers of JSON may be larger
 _BEYOND = 1.0  # how far polygons may reach over the rim, pixels: tools round differently
 
@@ -262,7 +262,7 @@ def _photos_by_number(folder: Path) -> dict[int | None, Path]:
     found: dict[int | None, Path] = {}
     for photo in sorted(folder.iterdir()):
         number = photo.stem.rpartition("_")[2]
-        if photo.suffix.lower() in _PHOTO_SUFFIXES and number.isdecimal():
+        if photo.suffix.lower() in PHOTO_SUFFIXES and number.isdecimal():
             found.setdefault(int(number), photo)
     return found
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trace_sdk.errors import DatasetError, ImageError
-from trace_sdk.pretraining.training_images import PHOTO_SUFFIXES
+from trace_sdk.pretraining.training_images import SUFFIXES
 
 Where: TypeAlias = "str | os.PathLike[str]"
 
 _TAR, _COMPRESSED = ".tar", (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# A key with several images has its photo as JPEG or WebP and a mask beside it as PNG.
-_PHOTO_FIRST = (".jpg", ".jpeg", ".webp", ".png", ".bmp", ".tif", ".tiff")
+# A key with several images has its photo in a format of photos and a mask beside it as PNG.
+_PHOTO_FIRST = (".jpg", ".jpeg", ".jpe", ".webp", ".avif", ".heic", ".heif", ".hif", ".png", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def find_images(where: Where | Iterable[Where]) -> list[NamedImage]:
                 )
     if not found:
         raise DatasetError(
-            f"No photos in {', '.join(arguments)}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} or "
+            f"No photos in {', '.join(arguments)}. Give a folder that holds {', '.join(sorted(SUFFIXES))} or "
             ".tar files, a list (.txt) or a COCO file (.json)."
         )
     return list(found.values())
@@ -106,7 +106,7 @@ def _folder(folder: Path, root: Path) -> Iterator[NamedImage]:
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder).parts
         # COCO keeps panoptic masks as pictures below annotations/.
-        if file.suffix.lower() in {*PHOTO_SUFFIXES, _TAR} and not (
+        if file.suffix.lower() in {*SUFFIXES, _TAR} and not (
             "annotations" in inside[:-1] or any(part.startswith(".") for part in inside)
         ):
             yield from _file(file, root)

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from trace_sdk.errors import DatasetError, ImageError
-from trace_sdk.images import MAX_PIXELS, read_image
+from trace_sdk.images import FORMATS, MAX_PIXELS, PHOTO_SUFFIXES, read_image
 from trace_sdk.pretraining.scenes import RGB, compose
 
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = PHOTO_SUFFIXES - {".gif"}  # most of those move
 OF_PHOTO = "photo_sha256"  # text in a cut-out's PNG: of the photo's file
 
 
@@ -32,14 +32,12 @@ def list_photos(folders: Sequence[Path]) -> list[Path]:
         photos = sorted(
             file
             for file in folder.rglob("*")
-            if file.suffix.lower() in PHOTO_SUFFIXES
+            if file.suffix.lower() in SUFFIXES
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
             and file.is_file()
         )
         if not photos:
-            raise DatasetError(
-                f"No photos in {folder}. Give a folder that holds {', '.join(sorted(PHOTO_SUFFIXES))} files."
-            )
+            raise DatasetError(f"No photos in {folder}. Give a folder that holds {', '.join(sorted(SUFFIXES))} files.")
         found += photos
     return found
 
@@ -103,7 +101,8 @@ def check_photos(files: Sequence[Path]) -> None:
 
 def _damage(file: Path) -> str:
     """Why a photo cannot be read, "" if it can."""
-    with suppress(Exception), Image.open(file) as picture:  # what is wrong, the full reading below says better
+    # What is wrong, or a format that Pillow does not know, the full reading below says better.
+    with suppress(Exception), Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height <= MAX_PIXELS:
             picture.draft(None, (1, 1))  # of a JPEG an eighth of each side: the same damage is found, in less time
         read_image(picture)
