@@ -227,3 +227,42 @@ def test_a_closed_pipe_is_quiet() -> None:
     process = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert "Traceback" not in process.stderr
+
+
+def test_one_photo_through_a_pipe(tiny_engine: Path, tmp_path: Path) -> None:
+    def detect(*arguments: str, photo: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        code = "from trace_sdk.cli import main; main(prog_name='trace-sdk')"
+        command = [sys.executable, "-c", code, "detect", *arguments, "--engine", str(tiny_engine)]
+        return subprocess.run(command, input=photo, capture_output=True, cwd=tmp_path)
+
+    PHOTO.save(tmp_path / "street.png")
+    photo = (tmp_path / "street.png").read_bytes()
+    assert detect("street.png", "-o", "out").returncode == 0
+    expected = (tmp_path / "out" / "street.edges.png").read_bytes()
+    for piped in (detect("-", "-o", "-", photo=photo), detect("street.png", "-o", "-")):
+        assert piped.returncode == 0 and piped.stdout == expected and piped.stderr == b""
+    both = detect("-", "street.png", "-o", "both", "--overlay", photo=photo)
+    assert both.returncode == 0 and (tmp_path / "both" / "stdin.edges.png").read_bytes() == expected
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
+        "stdin.edges.png", "stdin.overlay.jpg", "street.edges.png", "street.overlay.jpg",
+    ]  # fmt: skip
+    empty = detect("-", "-o", "-")
+    assert empty.returncode == 1 and empty.stdout == b"" and b"error: <stdin>: is empty (0 bytes)." in empty.stderr
+    for wrong in (["-", "street.png"], ["street.png", "--overlay"], ["street.png", "--format", "npy"], ["clip.mp4"]):
+        refused = detect(*wrong, "-o", "-", photo=photo)
+        assert refused.returncode == 2 and b"the edges of one photo as a PNG" in refused.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_standard_output_is_one_line(tiny_engine: Path, tmp_path: Path) -> None:
+    PHOTO.save(tmp_path / "street.png")
+    code = "from trace_sdk.cli import main; main(prog_name='trace-sdk')"
+    for arguments in (["detect", "street.png", "-o", "-", "--engine", str(tiny_engine)], ["info"]):
+        with Path("/dev/full").open("wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            "error: The standard output cannot be written (No space left on device). Make room, or send it elsewhere."
+        ]

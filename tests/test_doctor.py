@@ -46,6 +46,15 @@ def test_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["extra", "instances"]["works"] and said["machine"]["numpy"]
 
 
+def test_two_wheels_of_onnxruntime_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(doctor._two_runtimes()) == []
+    monkeypatch.setattr(doctor, "_installed", lambda package: package in ("onnxruntime", "onnxruntime-gpu"))
+    (finding,) = doctor._two_runtimes()
+    assert finding.name == "onnxruntime and onnxruntime-gpu" and not finding.works
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install" in finding.detail
+    assert next(doctor.examine()) == finding
+
+
 def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def process(*_: Any, **__: Any) -> Any:
         return SimpleNamespace(returncode=-11, stderr="libcudart: no\n", stdout="")

@@ -174,6 +174,16 @@ def test_provenance_is_in_png_and_tiff(tiny_engine: Path, tmp_path: Path) -> Non
     assert png["input_size"] == [40, 30] and png["network_size"] == [128, 96]
 
 
+def test_json_has_the_instances(tmp_path: Path) -> None:
+    probability = np.zeros((20, 40), np.float32)
+    probability[:, 20] = 0.9
+    edges = edge_map(probability)
+    saved = json.loads(edges.save(tmp_path / "new" / "a.json").read_text())
+    assert saved == edges.instances().to_coco() and len(saved["annotations"]) == 2
+    with pytest.raises(ArgumentError, match="bits=16"):
+        edges.save(tmp_path / "a.json", bits=16)
+
+
 def test_wrong_outputs_are_refused(tmp_path: Path) -> None:
     edges = edge_map(np.zeros((3, 3)))
     for name in ("a.jpg", "a", "a.onnx"):

@@ -27,7 +27,7 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["detector", "edge_map", "images", "tiling", "engines.onnx", "cli.detect", "cli.info"]
+    "module", ["detector", "edge_map", "images", "tiling", "engines.onnx", "engines.mock", "cli.detect", "cli.info"]
 )
 def test_the_runtime_needs_no_torch(module: str) -> None:
     heavy = "('torch', 'scipy', 'onnx', 'cv2', 'diffusers')"
@@ -44,7 +44,7 @@ def test_help_imports_no_command() -> None:
 
 
 def test_exported_names_are_pinned() -> None:
-    assert trace_sdk.__all__ == ["EdgeDetector", "EdgeMap", "TraceError", "__version__"]
+    assert trace_sdk.__all__ == ["EdgeDetector", "EdgeMap", "MockEngine", "TraceError", "__version__", "detect"]
     assert dir(trace_sdk) == sorted(trace_sdk.__all__)
     assert all(hasattr(trace_sdk, name) for name in trace_sdk.__all__)
     with pytest.raises(AttributeError, match="no attribute 'missing'"):

@@ -1,7 +1,7 @@
 """trace-sdk: instance edges without annotations, from the self-attention of diffusion models.
 
-    from trace_sdk import EdgeDetector
-    EdgeDetector().run("street.jpg").save("edges.png")
+    from trace_sdk import detect
+    detect("street.jpg").save("edges.png")
 
 Importing this package loads neither torch nor onnxruntime; they come with the first use.
 """
@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 from trace_sdk.errors import TraceError
 
 if TYPE_CHECKING:
-    from trace_sdk.detector import EdgeDetector
+    from trace_sdk.detector import EdgeDetector, detect
     from trace_sdk.edge_map import EdgeMap
+    from trace_sdk.engines.mock import MockEngine
 
 __version__ = "0.1.0"
-__all__ = ["EdgeDetector", "EdgeMap", "TraceError", "__version__"]
+__all__ = ["EdgeDetector", "EdgeMap", "MockEngine", "TraceError", "__version__", "detect"]
 
-_HOME = {"EdgeDetector": "trace_sdk.detector", "EdgeMap": "trace_sdk.edge_map"}
+_HOME = {
+    "EdgeDetector": "trace_sdk.detector",
+    "EdgeMap": "trace_sdk.edge_map",
+    "MockEngine": "trace_sdk.engines.mock",
+    "detect": "trace_sdk.detector",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,10 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trace_sdk.buckets import bucket_length, bucket_shapes, checked_buckets, is_whole
 from trace_sdk.edge_map import EdgeMap
-from trace_sdk.engines import open_engine
+from trace_sdk.engines import Engine, open_engine
 from trace_sdk.engines.manifest import ANY_SIZE, Manifest
 from trace_sdk.errors import ArgumentError
 from trace_sdk.images import Image, ImageInput, read_image
@@ -52,7 +52,7 @@ class EdgeDetector:
 
     def __init__(
         self,
-        engine: str | os.PathLike[str] | None = None,
+        engine: str | os.PathLike[str] | Engine | None = None,
         *,
         device: str = "auto",
         size: int | None = None,
@@ -64,7 +64,8 @@ class EdgeDetector:
 
         Args:
             engine: path of an `.onnx` or `.engine` file, a student folder (runs in torch), a bundled name, or None:
-                "trace-nano" on a CPU, "trace-small" on a GPU; `.info` says why.
+                "trace-nano" on a CPU, "trace-small" on a GPU; `.info` says why. Or an `Engine` that is open, such as
+                `MockEngine` for tests, which has its own device, threads and runtime.
             device: "cpu", "cuda", "cuda:N", or "auto" (CUDA where it works, else CPU; see `.info`).
             size: longest side that the network sees, pixels, 16 … 8192; None: the engine's default.
                 Above the engine's `max_size` the picture is cut into overlapping tiles.
@@ -84,13 +85,22 @@ class EdgeDetector:
             EngineError: missing, corrupt, pickled or foreign engine.
             DeviceError: the device is not there.
             MissingExtraError: the runtime is not installed; says the line that does it.
-            ArgumentError: `runtime`, `size`, `buckets`, `threads` or the name of the device is out of range.
+            ArgumentError: `engine` is none of these, or another argument is out of range.
         """
         if size is not None and (not is_whole(size) or not SIZES[0] <= size <= SIZES[1]):
             raise ArgumentError(f"size={size!r} must be a whole number of pixels, {SIZES[0]} to {SIZES[1]}.")
         if threads is not None and (not is_whole(threads) or not 1 <= threads <= MOST_THREADS):
             raise ArgumentError(f"threads={threads!r} must be a whole number, 1 to {MOST_THREADS}.")
-        self._engine = open_engine(engine, device, threads, runtime, partial(self._known_shapes, size, buckets))
+        self._engine: Engine
+        if engine is None or isinstance(engine, (str, os.PathLike)):
+            self._engine = open_engine(engine, device, threads, runtime, partial(self._known_shapes, size, buckets))
+            return
+        if not isinstance(engine, Engine):
+            raise ArgumentError(f"engine is {type(engine).__name__}. Give a path, a bundled name, an Engine or None.")
+        if (device, threads, runtime) != ("auto", None, "auto"):
+            raise ArgumentError("An engine that is open has its device, threads and runtime: leave them out.")
+        self._engine = engine
+        self._known_shapes(size, buckets, engine.manifest)
 
     def _known_shapes(
         self, size: int | None, buckets: Sequence[int] | None, manifest: Manifest
@@ -297,3 +307,26 @@ class EdgeDetector:
             "timings": {**timings, "total": sum(timings.values())},
         }
         return EdgeMap(probability, prepared.image.rgb, self._manifest.threshold, info)
+
+
+def detect(
+    image: ImageInput,
+    engine: str | os.PathLike[str] | Engine | None = None,
+    *,
+    device: str = "auto",
+    size: int | None = None,
+    buckets: Sequence[int] | None = None,
+    threads: int | None = None,
+    runtime: str = "auto",
+) -> EdgeMap:
+    """Edges of one picture: `EdgeDetector(…).run(image)` in a line, with its arguments and errors.
+
+    The last two detectors stay open, so that only the first call with the same arguments opens an engine; a file that
+    is replaced meanwhile is not read again.
+    """
+    lengths = tuple(buckets) if isinstance(buckets, Iterable) else buckets
+    detector = _opened(engine, device=device, size=size, buckets=lengths, threads=threads, runtime=runtime)
+    return detector.run(image)
+
+
+_opened: Callable[..., EdgeDetector] = lru_cache(maxsize=2)(EdgeDetector)

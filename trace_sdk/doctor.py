@@ -21,6 +21,7 @@ from trace_sdk.engines import BUNDLED
 from trace_sdk.errors import TraceError
 
 PATIENCE = 120  # seconds for one provider; TensorRT loads gigabytes
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 _REMOTE = "AzureExecutionProvider"  # asks a server
 WHAT_EXTRAS_ADD = {
     "train": "pretrain, label, distill, export: torch, diffusers, onnx",
@@ -47,6 +48,7 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Look at everything, the slow ones last to come. Never raises for what it finds."""
+    yield from _two_runtimes()
     yield from _providers()
     yield from map(_engine, BUNDLED)
     yield from _extras()
@@ -63,6 +65,14 @@ def _providers() -> Iterator[Finding]:
     if CUDA not in onnxruntime.get_available_providers():
         swap = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
         yield Finding("provider", CUDA, False, f"not in this onnxruntime; with an NVIDIA GPU: {swap}")
+
+
+def _two_runtimes() -> Iterator[Finding]:
+    """All wheels of onnxruntime write to one folder: with two of them a GPU may be left out without a word."""
+    there = [name for name in _RUNTIMES if _installed(name)]
+    if len(there) > 1:
+        swap = f"pip uninstall -y {' '.join(there)}, then pip install the one that is wanted"
+        yield Finding("provider", " and ".join(there), False, f"installed over each other: {swap}")
 
 
 def _tried(provider: str) -> Finding:

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from PIL.PngImagePlugin import PngInfo
 
 from trace_sdk import __version__
-from trace_sdk.atomic import write_whole
+from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.buckets import is_whole
 from trace_sdk.errors import ArgumentError, OutputError, needs_extra
 from trace_sdk.images import ImageInput, read_image
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trace_sdk.instances.result import Instances
 
 OVERLAY_COLOUR = (255, 32, 96)
-_SUFFIXES = (".png", ".npy", ".tif", ".tiff")
+_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".json")
 PEN = 800  # longest side, in pixels, for each pixel of the pen to either side
 SPECK = 3e-4  # share of the picture below which a region is no instance unless asked for
 _TIFF_DESCRIPTION = 270
@@ -261,12 +261,13 @@ class EdgeMap:
     def save(self, path: str | os.PathLike[str], *, bits: int = 8) -> Path:
         """Write the probability, whole or not at all, and return the path.
 
-        The suffix decides: `.png` grey with `bits` 8 or 16 (1.0 is white), `.npy` float32, `.tif` float32.
-        PNG and TIFF carry the engine's name and sha256, the sizes and the version (`provenance`).
+        The suffix decides: `.png` grey with `bits` 8 or 16 (1.0 is white), `.npy` float32, `.tif` float32; `.json` has
+        the `instances`, as a COCO data set. All but `.npy` say what made them (`provenance`).
 
         Raises:
             OutputError: unknown suffix, or the file cannot be written.
             ArgumentError: `bits` is not 8 or 16, or 16 for another format than PNG.
+            MissingExtraError: `.json` without the extra `instances`.
         """
         target = Path(path)
         suffix = target.suffix.lower()
@@ -274,7 +275,10 @@ class EdgeMap:
             allowed = ", ".join(_SUFFIXES)
             raise OutputError(f"{target}: suffix {suffix!r} names no format. Use one of {allowed}.")
         if bits not in (8, 16) or (bits == 16 and suffix != ".png"):
-            raise ArgumentError(f"bits={bits} with {suffix}: a .png has 8 or 16, other formats are float32.")
+            raise ArgumentError(f"bits={bits} with {suffix}: a .png has 8 or 16, .npy and .tif are float32.")
+        if suffix == ".json":
+            write_text(target, json.dumps(self.instances().to_coco()))
+            return target
         with write_whole(target) as file:
             if suffix == ".png":
                 self.write_png(file, bits=bits)

@@ -24,12 +24,17 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def cache_folder() -> Path:
-    """Where built engines are kept: $TRACE_CACHE, or ~/.cache/trace-sdk. Raises OutputError if neither is known."""
+    """Where what was computed once is kept: $TRACE_CACHE, $XDG_CACHE_HOME/trace-sdk or ~/.cache/trace-sdk.
+
+    Raises OutputError if none is known.
+    """
+    if own := os.environ.get("TRACE_CACHE"):
+        return Path(own)
     try:
-        return Path(os.environ.get("TRACE_CACHE") or Path.home() / ".cache/trace-sdk")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace-sdk"
     except RuntimeError:  # a container's user without HOME or an entry in passwd
         raise OutputError(
-            "This user has no home folder to keep built engines in. Set TRACE_CACHE to a folder."
+            "This user has no home folder to keep files in. Set TRACE_CACHE to a folder."
         ) from None
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
 from typing import Protocol
 
@@ -77,6 +78,12 @@ def report_errors() -> Iterator[None]:
         if package not in _EXTRAS:
             raise
         say_error(f"{package} is not installed. Run: pip install 'trace-sdk[{_EXTRAS[package]}]'")
+        raise click.exceptions.Exit(FAILED) from None
+    except OSError as error:
+        # Files that we write have their own errors; what is left without a name is the standard output.
+        if error.errno not in (ENOSPC, EDQUOT, EFBIG, EIO) or error.filename is not None:
+            raise
+        say_error(f"The standard output cannot be written ({error.strerror}). Make room, or send it elsewhere.")
         raise click.exceptions.Exit(FAILED) from None
     except KeyboardInterrupt:
         script = sys.argv[0].endswith(".py")

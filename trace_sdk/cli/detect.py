@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -19,6 +20,7 @@ from trace_sdk.errors import InputError
 if TYPE_CHECKING:
     from trace_sdk.detector import EdgeDetector
 
+STDIN = "-"
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 
 
@@ -29,7 +31,7 @@ _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
     "out",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder for the results; made if missing.",
+    help="Folder for the results, made if missing; or -, the standard output.",
 )
 @click.option("--overlay", is_flag=True, help="Also write the edges drawn over each photo, as a JPEG.")
 @click.option(
@@ -62,8 +64,9 @@ def command(
 ) -> None:
     """Find the instance edges of photos.
 
-    PHOTO is a file, a folder (searched with its sub-folders, which are kept), or a quoted pattern. Each
-    photo gives OUT/NAME.edges.png, as large as the photo, grey from black (no edge) to white (edge).
+    PHOTO is a file, a folder (searched with its sub-folders, which are kept), a quoted pattern, or - for the
+    standard input. Each photo gives OUT/NAME.edges.png, as large as the photo, grey from black (no edge) to
+    white (edge).
 
     \b
     Examples:
@@ -74,6 +77,7 @@ def command(
       trace-sdk detect street.jpg -o out/ --format npy   float32 array for numpy.load
       trace-sdk detect clip.mp4 -o out/ --overlay        a video, with instances that keep their colour
       trace-sdk detect camera:0 -o out/ --overlay        the first camera, until Ctrl-C
+      curl URL | trace-sdk detect - -o - > edges.png     one photo through a pipe
 
     A video that you name (mp4, mov, mkv, avi, webm; or a quoted pattern that ends so) gives OUT/NAME.edges.mp4, with
     --overlay OUT/NAME.overlay.mp4, and OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame
@@ -93,14 +97,20 @@ def command(
       2    wrong usage, or no photo found
       130  interrupted; finished files are whole, run it again to go on
     """
-    numbered = {name: camera_number(name) for name in photos}
+    numbered = {name: camera_number(name) for name in photos if name != STDIN}
     cameras = {number for number in numbered.values() if number is not None}
     clips = [
         name for name, number in numbered.items() if number is None and Path(name).suffix.lower() in _VIDEO_SUFFIXES
     ]
     pictures = [name for name, number in numbered.items() if number is None and name not in clips]
     videos = [(job.photo, out / job.name) for job in find_photos(clips, out)] if clips else []
-    jobs = find_photos(pictures, out) if pictures else []
+    jobs: list[tuple[Path | IO[bytes], Path]] = [
+        (job.photo, job.name) for job in (find_photos(pictures, out) if pictures else ())
+    ]
+    if STDIN in photos:
+        jobs.append((sys.stdin.buffer, Path("stdin")))
+    if to_stdout := out == Path(STDIN):
+        _check_pipe(jobs, videos or cameras, overlay, form)
 
     from trace_sdk.detector import EdgeDetector
 
@@ -109,6 +119,9 @@ def command(
     failed = sum(not _detect_video(detector, video, stem, overlay) for video, stem in videos)
     for number in sorted(cameras):
         failed += not _detect_video(detector, number, out / f"camera-{number}", overlay)
+    if to_stdout:
+        detector.run(jobs[0][0]).write_png(sys.stdout.buffer)
+        return
     if not jobs:
         if failed:
             raise click.exceptions.Exit(FAILED)
@@ -116,18 +129,18 @@ def command(
     timings: list[dict[str, float]] = []
     try:
         with progress("detect", total=len(jobs)) as advance:
-            for job in jobs:
+            for photo, name in jobs:
                 try:
-                    edges = detector.run(job.photo)
-                    edges.save(out / f"{job.name}.edges.{form}")
+                    edges = detector.run(photo)
+                    edges.save(out / f"{name}.edges.{form}")
                     if overlay:
-                        save_jpeg(edges.overlay(), out / f"{job.name}.overlay.jpg")
+                        save_jpeg(edges.overlay(), out / f"{name}.overlay.jpg")
                 except InputError as error:
                     failed += 1
                     say_error(error)
                 else:
                     timings.append(edges.info["timings"])
-                advance(note=job.photo.name)
+                advance(note=photo.name)
     except KeyboardInterrupt:
         errors.print(f"{len(timings)} of {len(jobs)} photos done, each whole.")
         raise
@@ -139,6 +152,14 @@ def command(
     output.print(_summary(milliseconds, failed, seconds, out, detector.info), markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _check_pipe(jobs: Sized, clips: object, overlay: bool, form: str) -> None:
+    """Raise click.UsageError unless it is one PNG that goes to the standard output, and that to a program or a file."""
+    if len(jobs) != 1 or clips or overlay or form != "png":
+        raise click.UsageError("-o - writes the edges of one photo as a PNG. For anything else give a folder with -o.")
+    if sys.stdout.isatty():
+        raise click.UsageError("-o - would print a PNG on the terminal. Add > edges.png, or a pipe.")
 
 
 def _detect_video(detector: EdgeDetector, source: Path | int, stem: Path, overlay: bool) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ InferPhotos: TypeAlias = Callable[[Sequence[NDArray[np.uint8]], int, Callable[[i
 RUNTIMES = ("onnxruntime", "onnxruntime-tensorrt", *PACKAGES, "torch", "torch.compile")
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A network that turns pictures into edge probabilities.
 
