@@ -22,7 +22,7 @@ from trace_sdk.evaluation import methods
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.edges import count_edges
 from trace_sdk.evaluation.evaluate import evaluate
-from trace_sdk.evaluation.methods import EdgeFolder, Engine, Function, read_edges
+from trace_sdk.evaluation.methods import EdgeFolder, EngineMethod, Function, read_edges
 from trace_sdk.thinning import thin_ridges
 
 NAMES = ("a", "b", "c")
@@ -215,7 +215,7 @@ def test_engine_rows(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return Answer
 
     monkeypatch.setattr(methods, "EdgeDetector", Detector)
-    engine = Engine("mine.onnx", size=320)
+    engine = EngineMethod("mine.onnx", size=320)
     scores = evaluate(open_dataset(scenes), engine, thresholds=1)
     assert engine.name == "mine.onnx @320"
     assert scores.ods == 0

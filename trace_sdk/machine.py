@@ -33,9 +33,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace-sdk"
     except RuntimeError:  # a container's user without HOME or an entry in passwd
-        raise OutputError(
-            "This user has no home folder to keep files in. Set TRACE_CACHE to a folder."
-        ) from None
+        raise OutputError("This user has no home folder to keep files in. Set TRACE_CACHE to a folder.") from None
 
 
 def _quotas(root: Path) -> Iterator[float]:

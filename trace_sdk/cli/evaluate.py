@@ -95,7 +95,7 @@ def command(
     from trace_sdk.evaluation.datasets import open_dataset
     from trace_sdk.evaluation.evaluate import annotator_agreement, evaluate
     from trace_sdk.evaluation.instances import score_file
-    from trace_sdk.evaluation.methods import BASELINES, EdgeFolder, Engine, Method, check_names, not_measured
+    from trace_sdk.evaluation.methods import BASELINES, EdgeFolder, EngineMethod, Method, check_names, not_measured
     from trace_sdk.evaluation.panoptic import open_panoptic, score_panoptic
     from trace_sdk.evaluation.report import Report
 
@@ -104,7 +104,7 @@ def command(
     only_others = bool(mask_rows or panoptic_rows) and not (engines or folders)
     methods: list[Method] = [] if only_others else [*BASELINES]
     methods += [EdgeFolder(name, folder) for name, folder in (_named("--edges", text) for text in folders)]
-    methods += [Engine(engine, device=device, size=size) for engine in engines]
+    methods += [EngineMethod(engine, device=device, size=size) for engine in engines]
     check_names(methods)
     sets = [open_dataset(path).first(limit) for path in datasets]
     if len({dataset.name for dataset in sets}) < len(sets):

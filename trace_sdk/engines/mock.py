@@ -34,7 +34,7 @@ class MockEngine:
         answer: RGB pictures uint8 [B, H, W, 3] → edge probability float [B, H, W] in [0, 1]; it may raise what an app
             is to cope with. Called as the network would be: with pictures of `size`, tiles of large ones.
         size: longest side that it is shown, pixels.
-        threshold: of its `EdgeMap`s, in (0, 1).
+        threshold: of every `EdgeMap`, in (0, 1).
 
     Raises:
         ArgumentError: `size` or `threshold` is out of range.

@@ -58,7 +58,7 @@ BASELINES: tuple[Function, ...] = (
 )
 
 
-class Engine:
+class EngineMethod:
     """An engine of trace-sdk: a bundled name or the path of a file.
 
     Args:
