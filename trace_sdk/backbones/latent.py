@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_bytes, write_text
+from trace_sdk.atomic import write_text
 from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_weights
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_tensors, write_weights
 from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
@@ -164,7 +163,7 @@ class LatentBackbone(Placed):
             write_weights(folder / name / f"{WEIGHTS}.safetensors", model.state_dict())
             write_text(folder / name / "config.json", model.to_json_string())
         write_text(folder / "scheduler/scheduler_config.json", json.dumps(self._scheduler, indent=2) + "\n")
-        write_bytes(folder / PRECOMPUTED, save({name: value.cpu() for name, value in self.prompt.items()}))
+        write_tensors(folder / PRECOMPUTED, self.prompt)
         parts = {self.part: self.architecture, "vae": type(self.vae).__name__}
         index = {"_class_name": "DiffusionPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")

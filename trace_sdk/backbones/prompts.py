@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from trace_sdk.atomic import write_bytes
-from trace_sdk.backbones.checkpoint import refuse_pickle
+from trace_sdk.backbones.checkpoint import refuse_pickle, write_tensors
 from trace_sdk.backbones.quiet import quiet
 from trace_sdk.errors import CheckpointError, OutOfMemoryError, OutputError
 
@@ -52,7 +51,7 @@ def null_prompt(
         return _read(cached)
     prompt = encode(family, folder, index, "", device, dtype)
     try:
-        write_bytes(cached, save(prompt))
+        write_tensors(cached, prompt)
     except OutputError as error:
         log.warning("The null prompt is not kept for the next time: %s", error)
     return prompt
