@@ -24,12 +24,18 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def cache_folder() -> Path:
-    """Where built engines are kept: $TRACE_CACHE, or ~/.cache/trace-sdk. Raises OutputError if neither is known."""
+    """Where what took long to make is kept: $TRACE_CACHE, or trace-sdk in $XDG_CACHE_HOME, which is ~/.cache if unset.
+
+    Raises:
+        OutputError: none of these is known.
+    """
+    if named := os.environ.get("TRACE_CACHE"):
+        return Path(named)
     try:
-        return Path(os.environ.get("TRACE_CACHE") or Path.home() / ".cache/trace-sdk")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace-sdk"
     except RuntimeError:  # a container's user without HOME or an entry in passwd
         raise OutputError(
-            "This user has no home folder to keep built engines in. Set TRACE_CACHE to a folder."
+            "This user has no home folder to keep built engines and prompts in. Set TRACE_CACHE to a folder."
         ) from None
 
 

@@ -269,7 +269,7 @@ OpenTiny = Callable[[str], Model]
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Null prompts are not kept where the user's are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

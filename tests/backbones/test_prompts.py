@@ -22,7 +22,7 @@ LENGTHS = {"sd": 77, "sdxl": 77, "pixart": 120, "pixart (sigma)": 300, "sd3": 77
 def test_encoders_are_run_once_and_their_answer_is_kept(
     name: str, open_tiny: Any, with_encoders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRACE_CACHE", str(tmp_path / "cache"))
     model = open_tiny(name)
     if name == "sdxl":  # "no text" is zeros for a model trained so, and this one was not
         folder = with_encoders(model, tmp_path / "model")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from trace_sdk.backbones.checkpoint import refuse_pickle, write_tensors
 from trace_sdk.backbones.quiet import quiet
 from trace_sdk.errors import CheckpointError, OutOfMemoryError, OutputError
+from trace_sdk.machine import cache_folder
 
 if TYPE_CHECKING:
     from trace_sdk.backbones.latent import LatentBackbone
@@ -38,6 +38,7 @@ def null_prompt(
     Raises:
         CheckpointError: a file is corrupt or pickled, or the text encoders cannot be run.
         OutOfMemoryError: the text encoders don't fit.
+        OutputError: there is no cache; see `cache_folder`.
     """
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
@@ -46,7 +47,7 @@ def null_prompt(
     if missing := missing_text_parts(folder, index):
         log.warning("%s has no %s: zeros take the place of the null prompt's embeddings.", folder, missing)
         return family.zero_prompt(config)
-    cached = cache_folder() / f"{_key(folder, index, dtype)}.safetensors"
+    cached = cache_folder() / "null-prompts" / f"{_key(folder, index, dtype)}.safetensors"
     if cached.is_file():
         return _read(cached)
     prompt = encode(family, folder, index, "", device, dtype)
@@ -121,11 +122,6 @@ def missing_text_parts(folder: Path, index: dict[str, Any]) -> str:
     """What a folder lacks to embed a prompt, for a message; "" if nothing."""
     parts = text_parts(index)
     return " and no ".join(name for name in parts if not (folder / name).is_dir()) if parts else "text encoder"
-
-
-def cache_folder() -> Path:
-    """Where null prompts are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace-sdk" / "null-prompts"
 
 
 def _key(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str:
