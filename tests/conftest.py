@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 if not torch.cuda.is_available() and find_spec("triton"):
     # Triton reads this once, when it is first imported, which diffusers does below; see tests/kernels/conftest.py.
@@ -21,6 +22,7 @@ if not torch.cuda.is_available() and find_spec("triton"):
 
     del os.environ["TRITON_INTERPRET"]
 
+from trace_sdk import EdgeDetector
 from trace_sdk.backbones.families.sd import StableDiffusion
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.engines.manifest import Manifest, seal
@@ -47,6 +49,7 @@ TINY = Manifest(
 )
 
 MakeEngine = Callable[..., bytes]
+Photo = Callable[..., "NDArray[np.uint8]"]
 KilledAt = Callable[[int], AbstractContextManager[Callable[[int, object], None]]]
 
 
@@ -69,6 +72,12 @@ def tiny_engine(make_engine: MakeEngine, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("engine") / "tiny.onnx"
     path.write_bytes(make_engine())
     return path
+
+
+@pytest.fixture(scope="session")
+def detector(tiny_engine: Path) -> EdgeDetector:
+    """With the tiny engine."""
+    return EdgeDetector(tiny_engine)
 
 
 def tiny_graph(gain: float) -> Any:
@@ -151,6 +160,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ImageDraw.Draw(image).ellipse((10 + 9 * number, 20, 60 + 9 * number, 80), fill=(200, 40 * number, 30))
         image.save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> Photo:
+    """`photo(height, width, seed)`: a smooth picture of many colours."""
+
+    def make(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        rough = np.random.default_rng(seed).integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), np.uint8)
+        return np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC))
+
+    return make
 
 
 @pytest.fixture(scope="session")

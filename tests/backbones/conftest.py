@@ -287,6 +287,16 @@ def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> OpenTiny:
     return model
 
 
+@pytest.fixture
+def copy(open_tiny: OpenTiny, tmp_path: Path) -> Callable[[str], Path]:
+    """`copy(name)`: the folder of a tiny model, to be changed."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(open_tiny(name).folder, tmp_path / "model"))
+
+    return make
+
+
 @pytest.fixture(scope="session", params=TINY)
 def model(request: pytest.FixtureRequest, open_tiny: OpenTiny) -> Model:
     """Every tiny model in turn."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trace_sdk.backbones import families as family_files
-from trace_sdk.backbones import hub
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.cli import main
-from trace_sdk.errors import ArgumentError, CheckpointError, DownloadError, OutOfMemoryError, TraceError
+from trace_sdk.errors import CheckpointError, TraceError
 from trace_sdk.teacher.labels import load_label
 from trace_sdk.teacher.teacher import Teacher, TeacherSettings
-
-
-@pytest.fixture
-def copy(open_tiny: Any, tmp_path: Path) -> Callable[[str], Path]:
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(open_tiny(name).folder, tmp_path / "model"))
-
-    return make
 
 
 def test_fp16_variant_and_shards_are_read(open_tiny: Any, tmp_path: Path) -> None:
@@ -158,148 +147,12 @@ def test_a_part_is_not_taken_for_the_model(open_tiny: Any) -> None:
         open_backbone("no/such/folder")
 
 
-def test_too_little_memory_for_the_weights(open_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(torch.nn.Module, "to", full)
-    with pytest.raises(OutOfMemoryError, match=r"--precision bf16, or --offload"):
-        open_backbone(open_tiny("sd3").folder)
-
-
-def test_too_little_memory_for_an_image(open_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says what to lower, and the next image is annotated."""
-    teacher = Teacher(open_tiny("sd3").backbone, TeacherSettings(size=64, timesteps=(0.2,)))
-    photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher, "_abdiv_at", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA full")))
-        with pytest.raises(OutOfMemoryError, match=r"CUDA full \(sd3 at 64 px\)\. Lower --batch or --size"):
-            teacher.annotate(photo)
-    assert teacher.annotate(photo).labels.shape == (8, 8)
-
-
 @pytest.mark.parametrize(("device", "precision"), [("cuda:7", "fp32"), ("cpu", "fp8"), ("tpu", "fp32")])
 def test_device_and_precision_are_checked_before_weights(open_tiny: Any, device: str, precision: str) -> None:
     if device == "cuda:7" and torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     with pytest.raises(TraceError, match=r"CUDA|precision must be|device must be"):
         open_backbone(open_tiny("sd3").folder, device=device, precision=precision)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What the hub answers for a gated, an unknown and an empty repository, and for a tiny model."""
-
-    root: Path
-    asked: list[str]
-
-    def log_message(self, *args: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        if "/gated/" in self.path:
-            return self.answer(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
-        if "/nobody/" in self.path:
-            return self.answer(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Not found"})
-        if self.path.startswith("/api/models/"):
-            files = [str(f.relative_to(self.root)) for f in self.root.rglob("*") if f.is_file()]
-            about: Any = {"id": "owner/tiny", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
-            if "/tree/" in self.path:
-                about = [{"type": "file", "path": name, "size": 1, "oid": "b" * 40} for name in files]
-            return self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
-        file = self.root / self.path.partition("/resolve/")[2].partition("/")[2]
-        if "/owner/tiny/" in self.path and file.is_file():
-            return self.answer(200, file.read_bytes(), {"ETag": f'"{abs(hash(file))}"', "X-Repo-Commit": "a" * 40})
-        return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "a" * 40})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-@pytest.fixture
-def hub_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str | None, Path], list[str]]]:
-    """`hub_at(address or None, root)`: point the hub's client at an address, or at a server of the files in root."""
-    servers = []
-
-    def point(address: str | None, root: Path) -> list[str]:
-        handler = type("Handler", (Hub,), {"root": root, "asked": []})
-        if address is None:
-            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            servers.append(server)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            address = f"http://127.0.0.1:{server.server_port}"
-        for module in ("constants", "file_download", "hf_api"):
-            space = getattr(__import__(f"huggingface_hub.{module}"), module)
-            for name, value in {
-                "ENDPOINT": address,
-                "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_CACHE": str(tmp_path / "hub"),
-            }.items():
-                if hasattr(space, name):
-                    monkeypatch.setattr(space, name, value)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        return handler.asked
-
-    yield point
-    for server in servers:
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("source", "fragment"),
-    [
-        ("gated/model", r"gated/model is gated\. Accept its licence at https://huggingface\.co/gated/model"),
-        ("nobody/model", "no model nobody/model, or it is private"),
-        ("owner/empty", "no diffusers pipeline: it has no model_index.json"),
-    ],
-)
-def test_what_the_hub_refuses_is_said(hub_at: Any, tmp_path: Path, source: str, fragment: str) -> None:
-    hub_at(None, tmp_path)
-    with pytest.raises(DownloadError, match=fragment):
-        open_backbone(source)
-
-
-def test_no_network_is_said(hub_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub_at("http://127.0.0.1:9", tmp_path)
-    with pytest.raises(DownloadError, match=r"owner/model is not on this machine, and the hub cannot be reached"):
-        open_backbone("owner/model")
-
-
-def test_only_what_is_read_is_downloaded(open_tiny: Any, hub_at: Any, copy: Callable[[str], Path]) -> None:
-    folder = copy("sd")
-    for extra in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/x.json"):
-        (folder / extra).parent.mkdir(exist_ok=True)
-        (folder / extra).write_bytes(b"{}")
-    asked = hub_at(None, folder)
-    opened = open_backbone("owner/tiny")
-    assert opened.identity == open_tiny("sd").backbone.identity
-    assert not [path for path in asked if "pruned" in path or "fp16" in path or "safety" in path]
-
-
-def test_wanted_files_take_a_variant_where_there_is_no_other() -> None:
-    files = [
-        "unet/a.fp16.safetensors",
-        "unet/config.json",
-        "unet/a.safetensors.index.fp16.json",
-        "vae/a.safetensors",
-        "vae/a.fp16.safetensors",
-        "vae/a.bin",
-    ]
-    assert hub.wanted_files(files, "unet") == [
-        "model_index.json",
-        "unet/config.json",
-        "unet/a.fp16.safetensors",
-        "unet/a.safetensors.index.fp16.json",
-        "vae/a.safetensors",
-    ]
 
 
 NEW_FAMILY = """
@@ -359,47 +212,3 @@ def test_label_command_takes_any_family(open_tiny: Any, photos: Path, tmp_path: 
     assert Image.open(tmp_path / "out" / "a.png.png").width > 800
     refused = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "more"), "--tile", "100"])
     assert refused.exit_code == 2 and "tile must be a multiple of 8 px from 64 for this backbone" in refused.output
-
-
-@pytest.mark.parametrize("name", ["sd3", "pixel"])
-def test_images_that_overflow_in_fp16_are_read_in_fp32(
-    open_tiny: Any, tiny_backbone: PixelBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    """One of a batch of two: it gets the label of fp32, the other keeps fp16's, and the weights are as before."""
-    if name == "pixel":
-        tiny_backbone.save(tmp_path)
-    folder = tmp_path if name == "pixel" else open_tiny(name).folder
-    half, exact = open_backbone(folder, precision="fp16"), open_backbone(folder)
-    settings = {"size": 64, "timesteps": (0.2,)}
-    teacher = Teacher(half, TeacherSettings(**settings, precision="fp16"))
-    rng = np.random.default_rng(0)
-    prepared = [teacher.prepare(rng.integers(0, 255, (64, 64, 3), np.uint8)) for _ in range(2)]
-    before = teacher.annotate_batch(prepared)
-    assert not [record for record in caplog.records if "overflows" in record.message]
-    caplog.clear()
-    weights = {key: value.clone() for key, value in half.state_dict().items()}
-    divergence = teacher._abdiv_at
-
-    def overflow(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        found = divergence(x_t, t)
-        if half.dtype == torch.float16 or torch.is_autocast_enabled("cpu"):
-            found[1, 0, 0] = torch.inf
-        return found
-
-    teacher._abdiv_at = overflow
-    for _ in range(2):
-        first, second = teacher.annotate_batch(prepared)
-        np.testing.assert_array_equal(first.abdiv, before[0].abdiv)
-        (expected,) = Teacher(exact, TeacherSettings(**settings)).annotate_batch(prepared[1:])
-        np.testing.assert_allclose(second.abdiv, expected.abdiv, rtol=0.05 if name == "sd3" else 1e-4, atol=1e-3)
-        assert not np.array_equal(second.abdiv, before[1].abdiv)
-    assert all(torch.equal(value, weights[key]) for key, value in half.state_dict().items())
-    assert [record.message.partition(":")[0] for record in caplog.records] == [f"{half.family} overflows in fp16"]
-    teacher._abdiv_at = lambda x_t, t: divergence(x_t, t) * torch.nan
-    with pytest.raises(ArgumentError, match="not finite, in fp32 either"):
-        teacher.annotate_batch(prepared)
-    if name == "sd3":
-        offloaded = Teacher(open_backbone(folder, precision="fp16", offload=True), teacher.settings)
-        offloaded._abdiv_at = teacher._abdiv_at
-        with pytest.raises(ArgumentError, match="Take --precision bf16, or fp32"):
-            offloaded.annotate_batch(prepared)

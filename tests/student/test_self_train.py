@@ -1,4 +1,4 @@
-"""Cut-outs along edges, scenes composed of them, and a student that learns from these."""
+"""A student that learns from scenes of its own cut-outs."""
 
 from __future__ import annotations
 
@@ -14,190 +14,22 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
-from scipy.ndimage import label
 from torch import Tensor
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
-from trace_sdk.edge_map import EdgeMap
-from trace_sdk.errors import ArgumentError, DatasetError
-from trace_sdk.instances.cutouts import cut_out
-from trace_sdk.pretraining.shapes import cut_shape, signed_distance
-from trace_sdk.pretraining.training_images import OF_PHOTO, check_photos, load_cutouts
-from trace_sdk.student import own_scenes
+from trace_sdk.errors import ArgumentError
+from trace_sdk.pretraining.training_images import OF_PHOTO, load_cutouts
 from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
-from trace_sdk.student.own_scenes import OwnScenes, homes
+from trace_sdk.student.own_scenes import OwnScenes
 from trace_sdk.student.self_train import SelfTrainSettings, self_train
 from trace_sdk.training.averaged import AveragedTraining
 from trace_sdk.training.state import STATE, check_same_run
 
 SHORT = SelfTrainSettings(steps=4, crops=2, size=64)
-
-
-def outlined(strengths: dict[tuple[int, int, int, int], float]) -> EdgeMap:
-    """A photo of 120 × 200 whose edges are the outlines of boxes (left, top, right, bottom), each of one strength."""
-    edges = np.zeros((120, 200), np.float32)
-    rgb = np.full((120, 200, 3), 50, np.uint8)
-    for (left, top, right, bottom), strength in strengths.items():
-        edges[top : bottom + 1, left : right + 1] = strength
-        edges[top + 2 : bottom - 1, left + 2 : right - 1] = 0
-        rgb[top : bottom + 1, left : right + 1] = 200
-    return EdgeMap(edges, rgb, threshold=0.4, info={"network_size": (200, 120)})
-
-
-@pytest.fixture(scope="module")
-def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A red disc and a blue bar."""
-    folder = tmp_path_factory.mktemp("cutouts")
-    y, x = np.mgrid[:50, :50] - 25
-    for name, colour, inside in (
-        ("disc", (220, 20, 20), x**2 + y**2 < 400),
-        ("bar", (20, 20, 220), abs(y) < 8),
-    ):
-        rgba = np.zeros((50, 50, 4), np.uint8)
-        rgba[inside] = (*colour, 255)
-        Image.fromarray(rgba, "RGBA").save(folder / f"{name}.png")
-    return folder
-
-
-def green_disc(cutouts: Path) -> Image.Image:
-    """As the red one."""
-    disc = np.asarray(Image.open(cutouts / "disc.png")).copy()
-    disc[..., :3] = (20, 220, 20)
-    return Image.fromarray(disc, "RGBA")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos without any edge: what differs in a scene was pasted."""
-    folder = tmp_path_factory.mktemp("plain")
-    for grey in (60, 128, 200):
-        Image.new("RGB", (160, 140), (grey, grey, grey)).save(folder / f"{grey}.png")
-    return folder
-
-
-def test_things_with_clean_outlines_are_cut_out_best_first() -> None:
-    strong, weak, at_the_rim, speck = (20, 20, 80, 90), (110, 20, 170, 90), (150, 95, 199, 119), (3, 100, 13, 110)
-    found = cut_out(outlined({strong: 0.9, weak: 0.6, at_the_rim: 0.9, speck: 0.9}))
-    assert len(found) == 2 and found[0].score > found[1].score
-    for cutout, box in zip(found, (strong, weak), strict=True):
-        assert np.abs(np.subtract(cutout.box, box)).max() <= 3
-        alpha = np.asarray(cutout.image.getchannel("A"))
-        assert alpha.shape == (cutout.box[3] - cutout.box[1] + 2, cutout.box[2] - cutout.box[0] + 2)
-        assert alpha[0].max() < 128 and alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] == 255
-    assert len(cut_out(outlined({strong: 0.9, weak: 0.6}), min_score=0.7)) == 1
-
-
-def test_what_counts_as_clean_follows_the_engine_s_threshold() -> None:
-    edges = outlined({(20, 20, 80, 90): 0.3})
-    assert not cut_out(replace(edges, threshold=0.7)) and len(cut_out(replace(edges, threshold=0.2))) == 1
-
-
-def test_shapes_are_whole_and_differ() -> None:
-    areas = []
-    for seed in range(40):
-        inside = signed_distance(np.random.default_rng(seed), 160) < 0
-        areas.append(int(inside.sum()))
-        assert inside.any() and not inside.all() and label(inside)[1] <= 3
-    assert len(set(areas)) == len(areas)
-    rgb = np.random.default_rng(1).integers(0, 255, (160, 160, 3), np.uint8)
-    shape = np.asarray(cut_shape(np.random.default_rng(0), rgb))
-    assert (shape[..., :3] == rgb).all() and shape[..., 3].max() == 255 and shape[..., 3].min() == 0
-
-
-def test_a_scene_tells_exactly_where_something_was_pasted(plain: Path, cutouts: Path) -> None:
-    scenes = OwnScenes([plain], [cutouts], seed=3)
-    images, ridges, inside = scenes.batch(5, 8, 96)
-    assert images.shape == (8, 3, 96, 96) and ridges.shape == (8, 96, 96)
-    assert images.abs().max() <= 1 and ridges.min() >= 0 and ridges.max() == 1
-    slope = (images.diff(dim=2)[..., 1:].abs() + images.diff(dim=3)[:, :, 1:].abs()).sum(1)
-    near, far = ridges[:, 1:, 1:] > 0.5, ridges[:, 1:, 1:] == 0
-    assert slope[near].mean() > 10 * slope[far].mean()
-    shown = images[:, 0] != images[:, 0, :1, :1]  # the ground is plain
-    assert inside.dtype == torch.bool and inside.any() and not inside.all()
-    assert (ridges[~inside] > 0).any() and shown[inside].float().mean() > 0.9
-    again, *_ = OwnScenes([plain], [cutouts], seed=3).batch(5, 8, 96)
-    other, *_ = scenes.batch(6, 8, 96)
-    assert torch.equal(images, again) and not torch.equal(images, other)
-
-
-def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path) -> None:
-    few, many, green = tmp_path / "few", tmp_path / "many", tmp_path / "green"
-    for folder, count, light in ((few, 1, 255), (many, 30, 0)):
-        folder.mkdir()
-        for number in range(count):
-            Image.new("RGB", (160, 140), (light, light, light)).save(folder / f"{number}.png")
-    green.mkdir()
-    for number in range(30):
-        green_disc(cutouts).save(green / f"{number}.png")
-    images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
-    ground = torch.stack([image.mean(0)[~own].median() for image, own in zip(images, inside, strict=True)])
-    assert 20 <= int((ground > 0).sum()) <= 40
-    things = images.permute(0, 2, 3, 1)[inside]
-    red, greenish, blue = (int((things.argmax(1) == channel).sum()) for channel in range(3))
-    assert 0.3 < greenish / (red + greenish + blue) < 0.7
-
-
-def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A green disc was cut out of the one photo; the red disc and the blue bar are of others."""
-    for name, share in (("SHAPES", 0.0), ("AT_HOME", 1.0), ("BLURRED", 0.0), ("JPEG", 0.0)):
-        monkeypatch.setattr(own_scenes, name, share)
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    Image.new("RGB", (160, 140), (128, 128, 128)).save(photos / "a-photo.png")
-
-    def things(name: str) -> Tensor:
-        green = tmp_path / name
-        green.mkdir()
-        green_disc(cutouts).save(green / f"{name}.png")
-        images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
-        return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)[inside]
-
-    own = things("a-photo-3")
-    assert (own.argmax(1) == 1).all(), "none but its own"
-    assert own.median(0).values.tolist() == [20, 220, 20]
-    assert (things("b-photo-3").argmax(1) != 1).any(), "of another photo: drawn from all"
-
-
-def test_a_cut_out_comes_home_to_the_photo_that_it_carries(cutouts: Path, tmp_path: Path) -> None:
-    """Two folders with a photo of one name: each got the cut-outs of both. Copies of a photo get the same."""
-    names = "one/street.png", "two/street.png", "copy/street.png", "two/other.png"
-    for number, name in enumerate(names):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(tmp_path / name)
-    one, two, copied, _ = photos = [tmp_path / name for name in names]
-    copied.write_bytes(one.read_bytes())
-    disc = Image.open(cutouts / "disc.png")
-
-    sha256 = check_photos(photos)
-
-    def of(photo: Path) -> Image.Image:
-        cutout = disc.copy()
-        cutout.info[OF_PHOTO] = hashlib.sha256(photo.read_bytes()).hexdigest()
-        return cutout
-
-    first, second, named = of(one), of(two), disc.copy()
-    clash, plain = tmp_path / "street-1.png", tmp_path / "other-7.png"
-    found = homes(sha256, [(clash, first), (tmp_path / "street-2-1.png", second), (plain, named)])
-    assert [found.get(photo) for photo in photos] == [[first], [second], [first], [named]]
-    with pytest.raises(DatasetError, match=r"street-1\.png may be of any of \S+one/street\.png, .*, which differ"):
-        homes(sha256, [(clash, named)])
-    assert set(homes(check_photos([one, copied]), [(clash, named)])) == {one, copied}
-
-
-def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_scenes, "BLURRED", 0.0)
-
-    def untouched(share: float) -> float:
-        monkeypatch.setattr(own_scenes, "JPEG", share)
-        images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
-        grounds = [image[:, ground] for image, ground in zip(images, (ridges == 0) & ~inside, strict=True)]
-        return float(torch.cat([(x == x.median(1, keepdim=True).values).all(0) for x in grounds]).float().mean())
-
-    assert untouched(0.0) > untouched(1.0) + 0.05, "ringing beside what was pasted"
 
 
 def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
@@ -337,17 +169,6 @@ def test_settings_out_of_range(change: dict, plain: Path, cutouts: Path, tmp_pat
             NanoStudent(), OwnScenes([plain], [cutouts], 0), tmp_path, SelfTrainSettings(**{**vars(SHORT), **change})
         )
     assert not list(tmp_path.iterdir())
-
-
-def test_without_cutouts_it_says_so(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="none does not exist"):
-        OwnScenes([plain], [tmp_path / "none"], 0)
-
-
-def test_a_damaged_photo_is_said_before_the_training(plain: Path, cutouts: Path, tmp_path: Path) -> None:
-    (tmp_path / "half.png").write_bytes((plain / "60.png").read_bytes()[:90])
-    with pytest.raises(DatasetError, match=r"Of 4 photos 1 cannot be read\. \S+half\.png"):
-        OwnScenes([plain, tmp_path], [cutouts], 0)
 
 
 def test_a_run_of_another_student_is_not_gone_on_with(
