@@ -16,7 +16,7 @@ from trace_sdk import EdgeDetector
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import run_script
 from trace_sdk.instances.cutouts import cut_out
-from trace_sdk.pretraining.training_images import list_photos
+from trace_sdk.pretraining.photos import list_photos
 from trace_sdk.student.own_scenes import OwnScenes
 
 CELL = 92  # pixels a side of a cut-out, with its margin

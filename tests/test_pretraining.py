@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError, DatasetError
 from trace_sdk.images import read_image
+from trace_sdk.pretraining.cutouts import open_cutout
+from trace_sdk.pretraining.photos import list_photos, open_photo
 from trace_sdk.pretraining.pretrain import (
     PretrainSettings,
     flow_matching_loss,
@@ -22,13 +24,7 @@ from trace_sdk.pretraining.pretrain import (
     sample_timesteps,
 )
 from trace_sdk.pretraining.scenes import compose
-from trace_sdk.pretraining.training_images import (
-    TrainingImages,
-    list_photos,
-    open_cutout,
-    open_photo,
-    random_crop,
-)
+from trace_sdk.pretraining.training_images import TrainingImages, random_crop
 from trace_sdk.training.state import load_state, save_state
 
 TINY = PretrainSettings(layers=1, heads=1, steps=6, tokens=128, sizes=(64,), warmup=2, ema=0.9, learning_rate=2e-3)

@@ -13,8 +13,10 @@ from PIL import Image
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import at_least, run_script
+from trace_sdk.pretraining.cutouts import load_cutouts
+from trace_sdk.pretraining.photos import list_photos, open_photo
 from trace_sdk.pretraining.scenes import compose
-from trace_sdk.pretraining.training_images import list_photos, load_cutouts, open_photo, random_crop
+from trace_sdk.pretraining.training_images import random_crop
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from trace_sdk.atomic import write_bytes
 from trace_sdk.cli.console import at_least, run_script
-from trace_sdk.pretraining.training_images import list_photos
+from trace_sdk.pretraining.photos import list_photos
 
 
 def main() -> None:

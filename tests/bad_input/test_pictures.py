@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from trace_sdk import EdgeDetector, TraceError
 from trace_sdk.errors import DatasetError, ImageError
 from trace_sdk.images import MAX_PIXELS, read_image
-from trace_sdk.pretraining.training_images import open_cutout, open_photo
+from trace_sdk.pretraining.cutouts import open_cutout
+from trace_sdk.pretraining.photos import open_photo
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 

@@ -13,8 +13,9 @@ from scipy.ndimage import label
 from torch import Tensor
 
 from trace_sdk.errors import DatasetError
+from trace_sdk.pretraining.cutouts import OF_PHOTO
+from trace_sdk.pretraining.photos import check_photos
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
-from trace_sdk.pretraining.training_images import OF_PHOTO, check_photos
 from trace_sdk.student import own_scenes
 from trace_sdk.student.own_scenes import OwnScenes, homes
 

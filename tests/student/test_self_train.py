@@ -19,7 +19,7 @@ from torch import Tensor
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.cli import main
 from trace_sdk.errors import ArgumentError
-from trace_sdk.pretraining.training_images import OF_PHOTO, load_cutouts
+from trace_sdk.pretraining.cutouts import OF_PHOTO, load_cutouts
 from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
 from trace_sdk.student.model import Student

@@ -59,7 +59,7 @@ def command(
 
     from trace_sdk.detector import EdgeDetector
     from trace_sdk.instances.cutouts import cut_out
-    from trace_sdk.pretraining.training_images import OF_PHOTO
+    from trace_sdk.pretraining.cutouts import OF_PHOTO
 
     detector = EdgeDetector(engine, device=device, size=size)
     made_of = Parts(out / ".cutouts", {**engine_facts(detector, None), "min_score": min_score})

@@ -154,7 +154,7 @@ def command(
     if precision != "int8" and given is ParameterSource.COMMANDLINE:
         raise click.UsageError("--calibration is for --precision int8.")
     from trace_sdk.export.onnx import export_onnx
-    from trace_sdk.pretraining.training_images import list_photos
+    from trace_sdk.pretraining.photos import list_photos
     from trace_sdk.student.folder import open_student
 
     with status("export") as note:

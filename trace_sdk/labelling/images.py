@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trace_sdk.errors import DatasetError, ImageError
-from trace_sdk.pretraining.training_images import SUFFIXES
+from trace_sdk.pretraining.photos import SUFFIXES
 
 Where: TypeAlias = "str | os.PathLike[str]"
 

@@ -22,16 +22,11 @@ from torch import Tensor
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.datasets import instance_boundaries
+from trace_sdk.pretraining.cutouts import OF_PHOTO, load_cutouts
+from trace_sdk.pretraining.photos import check_photos, list_photos, open_photo
 from trace_sdk.pretraining.scenes import MOST, RGB, compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
-from trace_sdk.pretraining.training_images import (
-    OF_PHOTO,
-    check_photos,
-    list_photos,
-    load_cutouts,
-    open_photo,
-    random_crop,
-)
+from trace_sdk.pretraining.training_images import random_crop
 
 SHAPES = 0.3  # share of scenes of random shapes
 ENLARGED = 1.1  # times as large as they are photos and cut-outs are shown at most, so that all is as sharp
