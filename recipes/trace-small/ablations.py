@@ -30,7 +30,8 @@ from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
 from trace_sdk.evaluation.edges import EdgeScores
 from trace_sdk.evaluation.evaluate import evaluate
 from trace_sdk.evaluation.methods import BASELINES, Engine, Method
-from trace_sdk.evaluation.report import Report, markdown_table
+from trace_sdk.evaluation.report import Report
+from trace_sdk.reports import markdown_table
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.teacher.pseudo_labels import standard_scores

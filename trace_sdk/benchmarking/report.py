@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 import os
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,10 +13,10 @@ from typing import Any
 import numpy as np
 from rich.table import Column, Table
 
-from trace_sdk import __version__
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.errors import MissingExtraError
-from trace_sdk.machine import commit, gpus, hardware, versions
+from trace_sdk.machine import gpus, versions
+from trace_sdk.reports import made_by, markdown_list, markdown_table
 
 SECONDS = 20  # after which a round of single answers ends, once it has five
 REPEATABLE = 0.05  # by how much the rounds' medians may differ
@@ -117,13 +114,9 @@ class Report:
 
     def __post_init__(self) -> None:
         self.provenance = {
-            "trace_sdk": __version__,
-            "commit": commit(),
-            "hardware": hardware(),
+            **made_by(),
             "gpus": "; ".join(gpus()) or "none",
             "versions": versions(_LIBRARIES),
-            "command": shlex.join(sys.argv),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "load_before": _load(),
         }
 
@@ -179,13 +172,10 @@ class Report:
         """The same tables, the verdict, and the provenance."""
         lines = ["# Latency", ""]
         for title, header, rows in self._tables():
-            lines += [title, ""]
-            cells = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-            lines += [f"| {' | '.join(line)} |" for line in cells]
-            lines.append("")
+            lines += [title, "", *markdown_table(header, rows), ""]
         lines += [self.verdict(), "", self.footnote(), ""]
         lines += [f"* {name}: not measured ({reason})" for name, reason in self.missing.items()]
-        return "\n".join([*lines, *(f"* {name}: {_text(value)}" for name, value in self.provenance.items()), ""])
+        return "\n".join([*lines, *markdown_list(self.provenance), ""])
 
     def footnote(self) -> str:
         """What the figures are of."""
@@ -283,7 +273,3 @@ def _figure(value: float | None) -> str:
 
 def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _text(value: object) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)

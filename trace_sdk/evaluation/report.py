@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
-import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +10,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from trace_sdk import __version__
 from trace_sdk.atomic import write_text
 from trace_sdk.evaluation.datasets import Dataset
 from trace_sdk.evaluation.edges import MAX_DIST, THRESHOLDS, EdgeScores
 from trace_sdk.evaluation.instances import MaskScores
 from trace_sdk.evaluation.panoptic import PanopticScores
-from trace_sdk.machine import commit, hardware, versions
+from trace_sdk.machine import versions
+from trace_sdk.reports import made_by, markdown_list, markdown_table
 
 COLUMNS = ("ODS", "OIS", "AP", "clDice", "touch F", "touch R", "images", "s/image")
 REFERENCE = "canny"  # "touch R" is taken at the precision that this method has at its ODS
@@ -56,7 +52,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
-            "provenance": provenance(self.thresholds, self.max_dist),
+            "provenance": self._provenance(),
             "datasets": self.datasets,
             "annotators": self.agreement,
             "methods": {
@@ -86,13 +82,11 @@ class Report:
         header = ["method", *(f"{name} {column}" for name in self.datasets for column in COLUMNS)]
         groups = [self._cells(name) for name in self.datasets]
         rows = [[row[0][0], *(cell for _, cells in row for cell in cells)] for row in zip(*groups, strict=True)]
-        facts = provenance(self.thresholds, self.max_dist)
-        about = [f"* {name}: {_text(value)}" for name, value in facts.items()]
         table = markdown_table(header, rows)
         edges = ["# Edge quality", "", *table, ""] if self.rows else []
         for title, columns, cells in self._others():
             edges += [f"# {title}", "", *markdown_table(["method", *columns], cells), ""]
-        return "\n".join([*edges, *about, ""])
+        return "\n".join([*edges, *markdown_list(self._provenance()), ""])
 
     def to_tables(self) -> list[Table]:
         """The same for a rich console, one table a data set so that it fits 80 columns."""
@@ -132,6 +126,10 @@ class Report:
         ]
         return [table for table in tables if table[2]]
 
+    def _provenance(self) -> dict[str, Any]:
+        protocol = {"thresholds": self.thresholds, "max_dist": self.max_dist}
+        return {**made_by(), "libraries": versions(_LIBRARIES), **protocol}
+
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Write quality.json and quality.md into `folder`. Raises OutputError."""
         json_file, markdown = Path(folder) / "quality.json", Path(folder) / "quality.md"
@@ -154,29 +152,5 @@ class Report:
         return [*map(_figure, quality), str(scores.images), _figure(scores.seconds)]
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, the first column to the left."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def provenance(thresholds: int, max_dist: float) -> dict[str, Any]:
-    """What made the figures: versions, commit, hardware, command, date, protocol."""
-    return {
-        "trace_sdk": __version__,
-        "commit": commit(),
-        "libraries": versions(_LIBRARIES),
-        "hardware": hardware(),
-        "command": shlex.join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "thresholds": thresholds,
-        "max_dist": max_dist,
-    }
-
-
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _text(value: object) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_sdk.errors import DatasetError, needs_extra
-from trace_sdk.evaluation.report import markdown_table
+from trace_sdk.reports import markdown_table
 
 NOT_MEASURED = "not measured"
 _MASKS = ("ap", "ap50", "ap75", "ar100")
