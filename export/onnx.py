@@ -31,7 +31,7 @@ from trace_sdk.export.any_size import NO_BF16, take_any_size
 from trace_sdk.export.graph import EngineGraph
 from trace_sdk.export.int8 import check, quantise
 from trace_sdk.export.mixed import KINDS, LIMITS, lower
-from trace_sdk.export.pictures import blobs
+from trace_sdk.export.pictures import blobs, spread
 from trace_sdk.export.precision import store_weights_in_fp16
 from trace_sdk.export.quality import DRAWN_SIDE, OdsChange, ods, pictures_with_truth
 from trace_sdk.export.quality import LIMITS as ODS_LIMITS
@@ -151,9 +151,7 @@ def export_onnx(
         answer: NDArray[np.float32] = exact(torch.from_numpy(picture)).numpy()
         return answer
 
-    fitted = [
-        fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in _spread(photos, CALIBRATION_PHOTOS)
-    ]
+    fitted = [fit(read_image(photo).rgb, default_size, padded)[0][None] for photo in spread(photos, CALIBRATION_PHOTOS)]
 
     if out.is_dir():
         raise OutputError(f"{out} is a folder. Give the engine's file in it (-o), for example {out / 'mine.onnx'}.")
@@ -289,12 +287,6 @@ def _ods_change(
     before = ods(samples, unrounded, size, padded)
     after = ods(samples, lambda pixels: session.run(None, {"image": pixels})[0], size, padded)
     return OdsChange(before, after, len(samples), what, annotated is not None, ODS_LIMITS[precision])
-
-
-def _spread(photos: Sequence[Path], most: int) -> list[Path]:
-    """At most so many of them, evenly spread."""
-    count = min(len(photos), most)
-    return [photos[number * len(photos) // count] for number in range(count)]
 
 
 def _cuts(photos: Sequence[NDArray[np.uint8]], step: int) -> list[NDArray[np.uint8]]:

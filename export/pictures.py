@@ -1,10 +1,21 @@
-"""Pictures to measure on where the user gave none."""
+"""Pictures to measure on: of those the user gave, or drawn."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
+
+Picture = TypeVar("Picture")  # its file or name
+
+
+def spread(given: Sequence[Picture], most: int) -> list[Picture]:
+    """At most so many of what was given, evenly spread."""
+    count = min(len(given), most)
+    return [given[number * len(given) // count] for number in range(count)]
 
 
 def blobs(side: int) -> list[NDArray[np.uint8]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trace_sdk.evaluation.datasets import Dataset, Sample, instance_boundaries, open_dataset
 from trace_sdk.evaluation.edges import count_edges, score_edges
+from trace_sdk.export.pictures import spread
 from trace_sdk.network_input import fit, unfit
 from trace_sdk.pretraining.scenes import compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
@@ -64,9 +65,8 @@ def pictures_with_truth(folder: Path | None) -> tuple[Dataset, str]:
     if folder is None:
         return drawn_scenes(DRAWN, DRAWN_SIDE), f"{DRAWN} drawn scenes"
     whole = open_dataset(folder)
-    count = min(len(whole), EVALUATED)
-    names = tuple(whole.names[place * len(whole) // count] for place in range(count))
-    return dataclasses.replace(whole, names=names), f"{count} of {len(whole)} pictures of {folder}"
+    names = tuple(spread(whole.names, EVALUATED))
+    return dataclasses.replace(whole, names=names), f"{len(names)} of {len(whole)} pictures of {folder}"
 
 
 def drawn_scenes(count: int, side: int) -> Dataset:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output
-from trace_sdk.cli.options import check_new
+from trace_sdk.cli.photos import check_new
 from trace_sdk.errors import ArgumentError
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import block_option, crop_options, learning_options, torch_device_option, workers_option
+from trace_sdk.cli.options import (
+    block_option,
+    crop_options,
+    learning_options,
+    steps_option,
+    torch_device_option,
+    workers_option,
+)
 
 
 @click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
@@ -26,7 +33,7 @@ from trace_sdk.cli.options import block_option, crop_options, learning_options, 
     type=click.Path(path_type=Path),
     help="Folder for the state and the student.",
 )
-@click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@steps_option(1500)
 @click.option(
     "--lora-from",
     default=0.5,

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress
-from trace_sdk.cli.options import learning_options, torch_device_option
+from trace_sdk.cli.options import learning_options, steps_option, torch_device_option
 
 
 @click.command("distill-nano", short_help="Train a small convolutional student, for CPUs, on the same labels.")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTOS...")
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")
-@click.option("--steps", default=3000, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@steps_option(3000)
 @click.option("--crops", default=8, show_default=True, help="Crops a step.")
 @click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
 @click.option(

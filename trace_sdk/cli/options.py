@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
-
-
-def check_new(out: Path, *given: Path | None) -> None:
-    """Raise click.UsageError if `out` is one of the folders that a command only reads."""
-    if out.resolve() in [folder.resolve() for folder in given if folder]:
-        raise click.UsageError(f"{out} is what is read, and would be written over. Give another folder (-o).")
 
 
 def engine_options(command: Command) -> Command:
@@ -57,6 +50,13 @@ def cut_options(command: Command) -> Command:
 def torch_device_option(command: Command) -> Command:
     """`device`, as `torch_device` takes it."""
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
+
+
+def steps_option(steps: int) -> Callable[[Command], Command]:
+    """`steps` of a training."""
+    return click.option(
+        "--steps", default=steps, show_default=True, help="Optimizer steps in all; may be raised when going on."
+    )
 
 
 def learning_options(rate: float, what: str | None = None) -> Callable[[Command], Command]:

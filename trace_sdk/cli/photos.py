@@ -50,6 +50,12 @@ def find_photos(arguments: Iterable[str], out: Path) -> list[PhotoJob]:
     return jobs
 
 
+def check_new(out: Path, *given: Path | None) -> None:
+    """Raise click.UsageError if `out` is one of the folders that a command only reads."""
+    if out.resolve() in [folder.resolve() for folder in given if folder]:
+        raise click.UsageError(f"{out} is what is read, and would be written over. Give another folder (-o).")
+
+
 def check_apart(out: Path, photos: Iterable[str | Path]) -> None:
     """Raise click.UsageError if `out`, which gets pictures, lies in a folder of photos: a later run would read them."""
     place = out.resolve()

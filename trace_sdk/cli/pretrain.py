@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress, status
-from trace_sdk.cli.options import check_new, crop_options, learning_options, torch_device_option, workers_option
-from trace_sdk.cli.photos import check_apart
+from trace_sdk.cli.options import crop_options, learning_options, steps_option, torch_device_option, workers_option
+from trace_sdk.cli.photos import check_apart, check_new
 
 
 @click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
@@ -29,7 +29,7 @@ from trace_sdk.cli.photos import check_apart
 @click.option("--start", type=click.Path(path_type=Path), help="Folder of weights to start from.  [default: random]")
 @click.option("--layers", default=12, show_default=True, help="Transformer blocks.")
 @click.option("--heads", default=6, show_default=True, help="Attention heads of width 64 in each block.")
-@click.option("--steps", default=4300, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@steps_option(4300)
 @crop_options(tokens=256 * 1024, sizes=(256,))
 @click.option("--optimizer", type=click.Choice(["adamw", "muon"]), default="adamw", show_default=True)
 @learning_options(7e-4)

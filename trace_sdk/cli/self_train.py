@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from trace_sdk.cli.console import output, progress, status
-from trace_sdk.cli.options import check_new, learning_options, torch_device_option, workers_option
-from trace_sdk.cli.photos import check_apart
+from trace_sdk.cli.options import learning_options, steps_option, torch_device_option, workers_option
+from trace_sdk.cli.photos import check_apart, check_new
 
 
 @click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
@@ -22,7 +22,7 @@ from trace_sdk.cli.photos import check_apart
     help="Folder that `trace-sdk cutouts` wrote; may be given several times.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")
-@click.option("--steps", default=1500, show_default=True, help="Optimizer steps in all; may be raised when going on.")
+@steps_option(1500)
 @click.option("--crops", default=8, show_default=True, help="Scenes a step.")
 @click.option("--size", default=224, show_default=True, help="Their side in px, a multiple of 32.")
 @click.option(

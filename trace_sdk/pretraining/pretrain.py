@@ -16,8 +16,8 @@ from trace_sdk.training.crops import check_crops, draw_crops, step_generator
 from trace_sdk.training.loop import Report, train_until
 from trace_sdk.training.state import (
     check_same_run,
+    fitting,
     load_state,
-    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -164,13 +164,11 @@ class _Trainer:
     def restore(self, file: Path) -> None:
         tensors, step, before = load_state(file)
         check_same_run(file, before, self.record, tuple(name for name in self.record if name not in CHANGEABLE))
-        try:
+        with fitting(file):
             self.model.load_state_dict(part(tensors, "model"))
             self.average.load_state_dict(part(tensors, "average"))
             for number, optimizer in enumerate(self.optimizers):
                 restore_optimizer(optimizer, f"optimizer{number}", tensors)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(file) from error
         self.step = step
 
 

@@ -12,21 +12,22 @@ from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.teacher.pseudo_labels import EDGE
 from trace_sdk.thinning import thin_ridges
 
+BATCHES, CROPS = 12, 4  # in each
 AS_GOOD = 0.99  # of the best F-measure on scenes
 
 
 @torch.inference_mode()
-def calibrate_threshold(student: AnyStudent, images: LabelledImages, size: int, crops: int = 48) -> tuple[float, float]:
+def calibrate_threshold(student: AnyStudent, images: LabelledImages, size: int) -> tuple[float, float]:
     """The probability k/100 with the best F-measure against the snapped edge labels, and that F-measure.
 
-    Over crops of side `size`, the same ones each time.
+    Over 48 crops of side `size`, the same ones each time.
 
     Uncertain pixels count as no edge here: left out, they would let the threshold fall until bands fill them.
     """
     device = next(student.parameters()).device
     probabilities, truths = [], []
-    for step in range(crops // 4):
-        batch, labels, _ = images.batch(step + (1 << 30), 4, size)  # steps that training never reaches
+    for step in range(BATCHES):
+        batch, labels, _ = images.batch(step + (1 << 30), CROPS, size)  # steps that training never reaches
         probabilities.append(student.logits(batch.to(device)).cpu().sigmoid().flatten())
         truths.append((labels == EDGE).flatten())
     return best_threshold(torch.cat(probabilities), torch.cat(truths))

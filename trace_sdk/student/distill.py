@@ -26,8 +26,8 @@ from trace_sdk.training.loop import Report, train_until
 from trace_sdk.training.processes import average_gradients, join_processes, process_count, process_index, wait_for_all
 from trace_sdk.training.state import (
     check_same_run,
+    fitting,
     load_state,
-    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -298,11 +298,9 @@ class _Trainer:
     def restore(self, file: Path) -> None:
         tensors, step, before = load_state(file)
         check_same_run(file, before, self.record, ("lora_rank", "blocks", "batches", "seed", "backbone"))
-        try:
+        with fitting(file):
             self.put(tensors)
             restore_optimizer(self.optimizer, "optimizer", tensors)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(file) from error
         self.step = step
         if self.held_out and (file.parent / BEST).is_file():
             about = load_state(file.parent / BEST)[2]

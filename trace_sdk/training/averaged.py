@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trace_sdk.training.state import (
     check_same_run,
+    fitting,
     load_state,
-    misfit,
     optimizer_tensors,
     part,
     restore_optimizer,
@@ -80,10 +80,8 @@ class AveragedTraining(Generic[Model]):
         """
         tensors, step, before = load_state(file)
         check_same_run(file, before, settings, fixed)
-        try:
+        with fitting(file):
             self.model.load_state_dict(part(tensors, "student"))
             self.average.load_state_dict(part(tensors, "average"))
             restore_optimizer(self._optimizer, "optimizer", tensors)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(file) from error
         return step

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,15 @@ def check_same_run(file: Path, before: dict[str, Any], now: dict[str, Any], fixe
             )
 
 
-def misfit(file: Path) -> CheckpointError:
-    """What to raise where the tensors of a state are not those of the model that is trained."""
-    return CheckpointError(f"{file} is of another model than this run's. Give another folder (-o) to start anew.")
+@contextmanager
+def fitting(file: Path) -> Iterator[None]:
+    """Raise CheckpointError if the tensors of a state, put back in the block, are not those of this run's model."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is of another model than this run's. Give another folder (-o) to start anew."
+        ) from error
 
 
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
