@@ -9,7 +9,7 @@ import click
 from trace_sdk.cli.console import FAILED, output, progress
 
 
-@click.command("benchmark", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("engines", nargs=-1, metavar="ENGINE...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for latency.json and latency.md.")
 @click.option("--plot", is_flag=True, help="Also draw OUT/latency.png.")

@@ -11,7 +11,7 @@ from trace_sdk.cli.photos import check_new
 from trace_sdk.errors import ArgumentError
 
 
-@click.command("combine", short_help="Make one student of two: with a backbone, and convolutional.")
+@click.command()
 @click.argument("attending", type=click.Path(path_type=Path), metavar="STUDENT")
 @click.argument("looking", type=click.Path(path_type=Path), metavar="NANO")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the combined student.")

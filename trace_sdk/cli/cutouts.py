@@ -10,17 +10,15 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import FAILED, output, progress, say_error
-from trace_sdk.cli.options import engine_options
+from trace_sdk.cli.options import engine_options, results_option
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import check_apart, find_photos, photo_count, read_photo
 from trace_sdk.errors import InputError
 
 
-@click.command("cutouts", short_help="Cut the things in photos out, as RGBA pictures.")
+@click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option(
-    "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
-)
+@results_option
 @click.option(
     "--min-score",
     type=click.FloatRange(0, 1),

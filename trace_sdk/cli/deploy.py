@@ -10,7 +10,7 @@ from trace_sdk.cli.console import output
 from trace_sdk.cli.detect import numbers
 
 
-@click.group("deploy", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group()
 def command() -> None:
     """Write what an inference server loads."""
 

@@ -24,7 +24,7 @@ STDIN = "-"
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option(
     "-o",

@@ -18,7 +18,7 @@ from trace_sdk.cli.options import (
 )
 
 
-@click.command("distill", short_help="Train the one-pass student on the teacher's labels.")
+@click.command()
 @click.argument("images", nargs=-1, required=True)
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
 @click.option(

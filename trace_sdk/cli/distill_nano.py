@@ -10,7 +10,7 @@ from trace_sdk.cli.console import output, progress
 from trace_sdk.cli.options import learning_options, steps_option, torch_device_option
 
 
-@click.command("distill-nano", short_help="Train a small convolutional student, for CPUs, on the same labels.")
+@click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTOS...")
 @click.option("--labels", required=True, type=click.Path(path_type=Path), help="Folder that `trace-sdk label` wrote.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for state and student.")

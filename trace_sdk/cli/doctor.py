@@ -13,7 +13,7 @@ from rich.table import Table
 from trace_sdk.cli.console import FAILED, output, status
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts and bug reports.")
 def command(as_json: bool) -> None:
     """Try what is installed: each provider of onnxruntime with a model of one node, the engines that come with the

@@ -12,7 +12,7 @@ from trace_sdk.cli.console import Advance, output, progress
 from trace_sdk.errors import ArgumentError
 
 
-@click.command("evaluate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and the cache.")
 @click.option(

@@ -15,7 +15,7 @@ from trace_sdk.engines import BUNDLED, read_engine
 from trace_sdk.errors import ArgumentError
 
 
-@click.command("export", short_help="Turn a student into one engine file, checked against PyTorch.")
+@click.command()
 @click.argument("source", metavar="STUDENT|ENGINE")
 @click.option(
     "-o",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trace_sdk.edge_map import EdgeMap
 
 
-@click.command("gallery", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the page; made if missing.")
 @click.option("--title", default="Instance edges", show_default=True, help="Heading of the page.")

@@ -13,7 +13,7 @@ from rich.table import Table
 from trace_sdk.cli.console import output
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("engine", required=False)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N (GPU number N).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")

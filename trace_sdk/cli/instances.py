@@ -13,17 +13,15 @@ import click
 
 from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import FAILED, errors, output, progress, say_error
-from trace_sdk.cli.options import cut_options, engine_options
+from trace_sdk.cli.options import cut_options, engine_options, results_option
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import find_photos, photo_count, read_photo, save_jpeg
 from trace_sdk.errors import InputError
 
 
-@click.command("instances", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option(
-    "-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
-)
+@results_option
 @cut_options
 @engine_options
 def command(

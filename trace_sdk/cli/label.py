@@ -13,7 +13,7 @@ from trace_sdk.cli.options import block_option, torch_device_option
 from trace_sdk.cli.photos import check_apart
 
 
-@click.command("label", short_help="Label photos edge / interior / uncertain with the teacher.")
+@click.command()
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--backbone",

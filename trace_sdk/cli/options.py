@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+
+
+def results_option(command: Command) -> Command:
+    """`out`, a folder."""
+    return click.option(
+        "-o",
+        "--out",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="Folder for the results; made if missing.",
+    )(command)
 
 
 def engine_options(command: Command) -> Command:

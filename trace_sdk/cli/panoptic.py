@@ -12,7 +12,7 @@ import click
 
 from trace_sdk.atomic import write_text, write_whole
 from trace_sdk.cli.console import BadEntries, errors, output, progress
-from trace_sdk.cli.options import engine_options
+from trace_sdk.cli.options import engine_options, results_option
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import read_photo, save_jpeg
 from trace_sdk.errors import DatasetError, InputError
@@ -23,12 +23,10 @@ _SEMANTIC_ENDS = ("_gtFine_labelIds", "_gtFine_labelTrainIds", "_gtCoarse_labelI
 _PHOTO_END = "_leftImg8bit"
 
 
-@click.command("panoptic", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.option("--semantic", required=True, type=click.Path(path_type=Path), help="Folder of semantic PNGs.")
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of their photos.")
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the results; made if missing."
-)
+@results_option
 @click.option(
     "--labels",
     required=True,

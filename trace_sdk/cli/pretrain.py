@@ -11,7 +11,7 @@ from trace_sdk.cli.options import crop_options, learning_options, steps_option, 
 from trace_sdk.cli.photos import check_apart, check_new
 
 
-@click.command("pretrain", short_help="Train a pixel diffusion backbone on your own photos.")
+@click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o",

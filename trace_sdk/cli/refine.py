@@ -61,7 +61,7 @@ class Answer:
     refine_seconds: float = 0.0
 
 
-@click.command("refine", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.option("--masks", required=True, type=click.Path(path_type=Path), help="COCO results or data set with masks.")
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of their photos.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The refined masks, a JSON file.")

@@ -11,7 +11,7 @@ from trace_sdk.cli.options import learning_options, steps_option, torch_device_o
 from trace_sdk.cli.photos import check_apart, check_new
 
 
-@click.command("self-train", short_help="Make a student better by scenes of its own cut-outs.")
+@click.command()
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PHOTOS...")
 @click.option(

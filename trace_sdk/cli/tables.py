@@ -11,7 +11,7 @@ from trace_sdk.cli.console import errors, output
 from trace_sdk.errors import ArgumentError
 
 
-@click.command("tables", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("results", nargs=-1, required=True, metavar="RESULTS...", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A Markdown file.  [default: only shown]")
 @click.option("--plot", is_flag=True, help="Also draw figure 10, beside the Markdown file as NAME.figure10.png.")
