@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trace_sdk.errors import DatasetError
-from trace_sdk.evaluation.touching import Touching, find_touching
+from trace_sdk.evaluation.touching import Touching, borders, find_touching
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IDS = ".ids.png"
@@ -103,10 +103,7 @@ def instance_boundaries(ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """
     from skimage import morphology
 
-    edge = np.zeros(ids.shape, np.bool_)
-    edge[:, :-1] |= ids[:, :-1] != ids[:, 1:]
-    edge[:-1] |= ids[:-1] != ids[1:]
-    return np.asarray(morphology.thin(edge), np.bool_)  # type: ignore[no-untyped-call]
+    return np.asarray(morphology.thin(borders(ids)), np.bool_)  # type: ignore[no-untyped-call]
 
 
 def _open_coco(folder: Path) -> Dataset:

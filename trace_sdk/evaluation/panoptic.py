@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.instances.panoptic import segment_values
 
 VOID = 0
 MATCH = 0.5  # IoU above which two segments are one; so no segment can match twice
@@ -183,11 +184,10 @@ def open_panoptic(path: str | Path) -> PanopticSet:
 def _segmented(file: Path, entry: Mapping[str, Any], picture: Path) -> Segmented:
     try:
         with Image.open(picture) as image:
-            red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
+            ids = segment_values(np.asarray(image.convert("RGB")))
     # Pillow's decoders raise errors of many kinds on damaged files.
     except Exception as error:
         raise DatasetError(f"{picture} cannot be read ({type(error).__name__}). Put the whole file there.") from error
-    ids = red + 256 * green + 65536 * blue
     try:
         segments = entry["segments_info"]
         categories = {int(segment["id"]): int(segment["category_id"]) for segment in segments}

@@ -56,12 +56,18 @@ def find_touching(ids: NDArray[np.integer[Any]], classes: Mapping[int, Any]) -> 
         touching[a[contact]] = touching[b[contact]] = True
     line = np.asarray(thin(line), np.bool_)  # type: ignore[no-untyped-call]
 
-    border = np.zeros(ids.shape, np.bool_)
-    border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
-    border[:-1] |= ids[:-1] != ids[1:]
+    border = borders(ids)
     if line.any():
         border &= distance_transform_edt(~line) > reach / 2 + 1.5  # the facing outlines are the contact itself
     judged = touching[index]
     if border.any():
         judged &= distance_transform_edt(~border) > reach
     return Touching(line, judged)
+
+
+def borders(ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """bool [H, W], where an id of [H, W] differs from that of the right or lower neighbour."""
+    border = np.zeros(ids.shape, np.bool_)
+    border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+    border[:-1] |= ids[:-1] != ids[1:]
+    return border

@@ -203,7 +203,7 @@ def find_borders(
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
     """Neighbouring pieces, pixel pairs along their border and edge probability summed over them, as in `Hierarchy`."""
     pairs, strengths = [], []
-    for here, there in (((slice(None, -1),), (slice(1, None),)), ((..., slice(None, -1)), (..., slice(1, None)))):
+    for here, there in (np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:]):
         apart = pieces[here] != pieces[there]
         pairs.append(np.stack([pieces[here][apart], pieces[there][apart]], axis=1))
         strengths.append(np.maximum(edges[here][apart], edges[there][apart]))
