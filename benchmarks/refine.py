@@ -35,7 +35,7 @@ from trace_sdk.evaluation.baselines import canny
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.instances import score_masks
 from trace_sdk.instances.coco import decode_mask, encode_mask
-from trace_sdk.instances.result import paint_masks
+from trace_sdk.instances.painting import paint_masks
 from trace_sdk.machine import commit, hardware, versions
 
 Mask = NDArray[np.bool_]

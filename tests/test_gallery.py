@@ -18,8 +18,8 @@ from trace_sdk.cli.gallery import _mask_pictures
 from trace_sdk.edge_map import EdgeMap
 from trace_sdk.gallery import Exhibit, write_page
 from trace_sdk.instances.coco import encode_mask
+from trace_sdk.instances.painting import paint_masks
 from trace_sdk.instances.predictions import PredictedImage
-from trace_sdk.instances.result import paint_masks
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import time
 from collections import deque
@@ -238,8 +237,10 @@ def _described(found: Instances, ids: list[int | None]) -> list[dict[str, Any]]:
 
 def _drawn(edges: EdgeMap, found: Instances, ids: list[int | None]) -> NDArray[np.uint8]:
     """Each instance in the colour of its number, those without one bare, edges over them."""
+    from trace_sdk.instances.painting import colour
+
     opacity = np.array([0.0, *(0.0 if number is None else _FILL for number in ids)])[found.labels][..., None]
-    hues = [colorsys.hsv_to_rgb((number or 0) * 0.618034 % 1, 0.85, 1.0) for number in ids]
+    hues = [colour(number or 0) for number in ids]
     painted = np.array([(0.0, 0.0, 0.0), *hues])[found.labels] * 255
     mixed = np.rint(edges.rgb + opacity * (painted - edges.rgb)).astype(np.uint8)
     return np.asarray(edges.overlay(PIL.Image.fromarray(mixed)))

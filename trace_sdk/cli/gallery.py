@@ -137,8 +137,8 @@ def _predicted(masks: Path | None, photos: tuple[str, ...], annotations: Path | 
 def _mask_pictures(edges: EdgeMap, image: Any, file: Path, threshold: float | None) -> list[tuple[str, Image]]:
     import numpy as np
 
+    from trace_sdk.instances.painting import paint_masks
     from trace_sdk.instances.predictions import decode_entries, refine_entries
-    from trace_sdk.instances.result import paint_masks
 
     height, width = edges.probability.shape
     decoded = decode_entries(image, height, width, file, say_error) if image is not None else []

@@ -8,7 +8,6 @@ labels are never changed and every pixel keeps its class. Stuff of one class is 
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.boxed import BoxedMask
 from trace_sdk.instances.hierarchy import Hierarchy, enlarge
 from trace_sdk.instances.label_sets import LabelSet
+from trace_sdk.instances.painting import borders, colour
 from trace_sdk.instances.splitting import split_masks
 from trace_sdk.instances.walk import Regions
 from trace_sdk.pictures import png_bytes
@@ -69,14 +69,11 @@ class Panoptic:
         colours = np.zeros((len(self) + 1, 3))
         for number, segment in enumerate(self.segments, start=1):
             value = 1.0 if segment["isthing"] else 0.55
-            colours[number] = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, value)
+            colours[number] = colour(number, value)
         painted = np.rint(colours * 255)[self.ids]
-        border = np.zeros(self.ids.shape, np.bool_)
-        border[:, 1:] |= self.ids[:, 1:] != self.ids[:, :-1]
-        border[1:] |= self.ids[1:] != self.ids[:-1]
         opacity = np.where(self.ids > 0, FILL, 0.0)[..., None]
         mixed = self.rgb + opacity * (painted - self.rgb)
-        mixed[border] = 255
+        mixed[borders(self.ids)] = 255
         return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
 
     def _repr_png_(self) -> bytes:

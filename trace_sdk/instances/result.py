@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -13,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects, maximum_filter
+from scipy.ndimage import find_objects
 from skimage.measure import approximate_polygon, find_contours
 
 from trace_sdk import __version__
 from trace_sdk.errors import ArgumentError, MissingExtraError
 from trace_sdk.images import ImageInput, read_image
 from trace_sdk.instances.coco import CATEGORY, encode_runs
+from trace_sdk.instances.painting import paint_instances
 from trace_sdk.pictures import png_bytes
 
 if TYPE_CHECKING:
     from supervision import Detections
 
-FILL = 0.5  # opacity of the colours over the picture
-PEN = 800  # longest side, in pixels, for each further pixel of the pen
 _TOLERANCE = 0.5  # how far a polygon may leave the outline, pixels
 _LABELME = "5.5.0"  # version of labelme's format
 
@@ -183,16 +180,7 @@ class Instances:
                 f"The image is {photo.shape[1]}x{photo.shape[0]}, the instances are "
                 f"{self.labels.shape[1]}x{self.labels.shape[0]}. Pass the image they were found in."
             )
-        colours = PIL.Image.fromarray(_palette(len(self))[self.labels - 1])
-        mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(photo), colours, FILL))
-        if hatch:
-            bare = ~_stripes(self.labels)
-            mixed[bare] = photo[bare]
-        border = np.zeros(self.labels.shape, np.uint8)
-        border[:, 1:] |= self.labels[:, 1:] != self.labels[:, :-1]
-        border[1:] |= self.labels[1:] != self.labels[:-1]
-        mixed[maximum_filter(border, round(max(border.shape) / PEN) + 1) > 0] = 255
-        return PIL.Image.fromarray(mixed)
+        return paint_instances(photo, self.labels, len(self), hatch=hatch)
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.plot())
@@ -200,29 +188,6 @@ class Instances:
     def __repr__(self) -> str:
         height, width = self.labels.shape
         return f"Instances({len(self)} in {width}x{height}, threshold={self.info.get('threshold')})"
-
-
-def paint_masks(
-    rgb: NDArray[np.uint8], masks: NDArray[np.bool_], numbers: Sequence[int] | None = None
-) -> PIL.Image.Image:
-    """Masks bool [K, H, W] in colours over a photo, uint8 [H, W, 3], small ones on top, with white outlines.
-
-    A mask has the colour of its number, from 0; None: 0 … K − 1.
-    """
-    coloured = range(len(masks)) if numbers is None else numbers
-    number = np.zeros(rgb.shape[:2], np.int32)
-    border = np.zeros(rgb.shape[:2], np.uint8)
-    by_size = np.argsort(-masks.sum(axis=(1, 2)), kind="stable")
-    for index in by_size:
-        mask = masks[index]
-        number[mask] = coloured[index] + 1
-        border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-        border[1:] |= mask[1:] != mask[:-1]
-    colours = np.concatenate([np.zeros((1, 3), np.uint8), _palette(max(coloured, default=-1) + 1)])[number]
-    mixed = np.array(PIL.Image.blend(PIL.Image.fromarray(rgb), PIL.Image.fromarray(colours), FILL))
-    mixed[number == 0] = rgb[number == 0] // 2
-    mixed[maximum_filter(border, round(max(border.shape) / PEN) + 1) > 0] = 255
-    return PIL.Image.fromarray(mixed)
 
 
 def coco_info(info: dict[str, Any]) -> dict[str, Any]:
@@ -249,20 +214,3 @@ def _rings(mask: NDArray[np.bool_], box: tuple[slice, slice]) -> list[NDArray[np
         # Contours go through pixel centres of a framed crop: half a pixel to corners, one back for the frame.
         rings.append(simple[:, ::-1] - 0.5 + (box[1].start, box[0].start))
     return rings
-
-
-def _stripes(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Where the stripes of each instance lie: slanted, upright, slanted the other way, level, in turns by number."""
-    pen = max(2, round(max(labels.shape) / PEN * 4))
-    y, x = np.ogrid[: labels.shape[0], : labels.shape[1]]
-    along = np.choose(labels % 4, np.broadcast_arrays(x + y, x + 0 * y, x - y, y + 0 * x))
-    stripes: NDArray[np.bool_] = (along // pen) % 2 == 0
-    return stripes
-
-
-def _palette(count: int) -> NDArray[np.uint8]:
-    """Distinct colours, uint8 [count, 3]: hues by the golden ratio, so that consecutive ones differ."""
-    hues = (np.arange(count) * 0.618034) % 1
-    colours = np.array([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).reshape(-1, 3)
-    levels: NDArray[np.uint8] = np.rint(colours * 255).astype(np.uint8)
-    return levels
