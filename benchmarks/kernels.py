@@ -24,6 +24,7 @@ from on_device import is_there, keep, measured_on, options_of, peak_on_cpu, peak
 from timing import replayed, timed
 from torch import Tensor
 
+from trace_sdk.figures import new_figure, save_figure
 from trace_sdk.kernels import (
     abdiv,
     abdiv_from_qk,
@@ -214,11 +215,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], out: Path) -> None:
     """Time over the arithmetic floor, one group of bars a layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     axes = figure.add_subplot()
     cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
     ways = list(dict.fromkeys(row["way"] for row in result["rows"]))
@@ -232,7 +229,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
     axes.set_ylabel("time ÷ arithmetic floor")
     axes.set_title(f"Head mean and ABDiv of one layer, {result['device']}")
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
 
 
 def main() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from rich.table import Column, Table
 
 from trace_sdk.atomic import write_bytes, write_text
-from trace_sdk.errors import MissingExtraError
+from trace_sdk.figures import figure_png, new_figure
 from trace_sdk.machine import gpus, versions
 from trace_sdk.reports import made_by, markdown_list, markdown_table
 
@@ -199,10 +198,7 @@ class Report:
 
     def plot(self) -> bytes:
         """PNG: the median split into stages with a whisker to p99, and throughput by batch."""
-        need_matplotlib()
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 1.6 + 0.5 * len(self.rows)), layout="constrained")
+        figure = new_figure(9, 1.6 + 0.5 * len(self.rows))
         latency, throughput = figure.subplots(1, 2, width_ratios=[3, 2])
         places = np.arange(len(self.rows))
         left = np.zeros(len(self.rows))
@@ -224,9 +220,7 @@ class Report:
         throughput.set(xlabel="batch", ylabel="photos per second", ylim=(0, None))
         throughput.xaxis.get_major_locator().set_params(integer=True)
         throughput.legend(fontsize="x-small")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
-        return file.getvalue()
+        return figure_png(figure, dpi=110)
 
     def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Title, header and rows of each; narrow enough for a terminal of 80 columns."""
@@ -253,14 +247,6 @@ class Report:
                 throughput,
             ),
         ]
-
-
-def need_matplotlib() -> None:
-    """Raises MissingExtraError, before hours of measuring rather than after, if plots cannot be drawn."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("Plots need matplotlib. Run: pip install matplotlib, or leave --plot out.")
 
 
 def _ms(value: float | None) -> str:

@@ -68,8 +68,8 @@ def command(
     """
     from trace_sdk.atomic import make_folder
     from trace_sdk.benchmarking.measure import BATCHES, FORESTS, TEACHER, benchmark, steps
-    from trace_sdk.benchmarking.report import need_matplotlib
     from trace_sdk.engines import BUNDLED
+    from trace_sdk.figures import need_matplotlib
 
     if plot and not out:
         raise click.UsageError("--plot needs a folder: -o DIR")

@@ -6,13 +6,13 @@ and BASE+OURS; figure 10 is BASE with every kind of edges; table 3 is BASE with 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_sdk.errors import DatasetError, needs_extra
+from trace_sdk.errors import DatasetError
+from trace_sdk.figures import figure_png, new_figure
 from trace_sdk.reports import markdown_table
 
 NOT_MEASURED = "not measured"
@@ -82,16 +82,11 @@ def figure_10(masks: Scores, ours: str) -> bytes | None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with needs_extra("train", "Plots need"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
     panels = {dataset: named for dataset, named in masks.items() if _edge_names(named, ours)}
     if not panels:
         return None
     most = max(len(_bases(named)) * (2 + len(_edge_names(named, ours))) for named in panels.values())
-    figure = Figure(figsize=(2 + 0.35 * most, 3.2 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2 + 0.35 * most, 3.2 * len(panels))
     for axes, (dataset, named) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         bases, kinds = _bases(named), ["", *_edge_names(named, ours)]
         for place, kind in enumerate(kinds):
@@ -105,9 +100,7 @@ def figure_10(masks: Scores, ours: str) -> bytes | None:
         axes.set_xticks([at + middle for at in range(len(bases))], bases)
         axes.set(title=dataset, ylabel="mask AP", ylim=(0, 1.25 * max(one["ap"] for one in named.values()) or 1))
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return figure_png(figure, dpi=110)
 
 
 def _by_dataset(scores: Scores, table: Any) -> list[str]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trace_sdk.atomic import write_bytes
 from trace_sdk.backbones.words import WordedPrompt
-from trace_sdk.errors import MissingExtraError
+from trace_sdk.figures import new_figure, save_figure
 from trace_sdk.kernels import abdiv
 from trace_sdk.teacher.limits import memory_of
 from trace_sdk.teacher.teacher import Annotation, Teacher
@@ -97,7 +94,7 @@ def plot(
             axes.set_axis_off()
     for axes in (photo, labels):
         axes.set_axis_off()
-    save_figure(figure, out)
+    save_figure(figure, out, dpi=70)
 
 
 def plot_t_star(t_star: Sequence[float], window: tuple[float, float], out: Path) -> None:
@@ -115,26 +112,7 @@ def plot_t_star(t_star: Sequence[float], window: tuple[float, float], out: Path)
     axes.axvspan(*window, color="tab:red", alpha=0.08, label="search window")
     axes.set(title=f"t* of {len(t_star)} photos", xlabel="t*", ylabel="photos", xlim=(0, 1))
     axes.legend()
-    save_figure(figure, out)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches. Raises MissingExtraError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'trace-sdk[train]'.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=70)
-    write_bytes(out, buffer.getvalue())
+    save_figure(figure, out, dpi=70)
 
 
 @torch.inference_mode()

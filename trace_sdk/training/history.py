@@ -6,7 +6,8 @@ import csv
 import io
 from pathlib import Path
 
-from trace_sdk.atomic import write_text, write_whole
+from trace_sdk.atomic import write_text
+from trace_sdk.figures import new_figure, save_figure
 
 CURVES, PICTURE = "curves.csv", "curves.png"
 
@@ -43,16 +44,11 @@ class History:
         """Draw every column over the steps, one below the other; nothing where there are no rows."""
         if not self._rows:
             return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row if name != "step"))
-        figure = Figure(figsize=(8, 2 * len(columns)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(8, 2 * len(columns))
         for axes, name in zip(figure.subplots(len(columns), sharex=True, squeeze=False)[:, 0], columns, strict=True):
             points = [(step, float(row[name])) for step, row in sorted(self._rows.items()) if row.get(name)]
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", color="black", linewidth=1)
             axes.set_ylabel(name)
         axes.set_xlabel("step")
-        with write_whole(self._folder / PICTURE) as file:
-            figure.savefig(file, format="png", dpi=90)
+        save_figure(figure, self._folder / PICTURE, dpi=90)
