@@ -30,13 +30,14 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from segmenters import AttentionCut, felzenszwalb, slic_merged
 
 from trace_sdk import EdgeDetector, EdgeMap, __version__
-from trace_sdk.atomic import write_text, write_whole
+from trace_sdk.atomic import write_text
 from trace_sdk.evaluation.baselines import canny
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.instances import score_masks
 from trace_sdk.instances.coco import decode_mask, encode_mask
 from trace_sdk.instances.painting import paint_masks
 from trace_sdk.machine import commit, hardware, versions
+from trace_sdk.pictures import save_png
 
 Mask = NDArray[np.bool_]
 CANNY_THRESHOLDS = (0.92,)  # of its best ODS on these photos (quality-trace-small.json)
@@ -282,8 +283,7 @@ def main() -> None:
     listed = []
     for number, failure in enumerate(harmed, start=1):
         file = pictures / f"{number}-{failure.source}-{failure.photo}.png"
-        with write_whole(file) as stream:
-            failure.picture.save(stream, "PNG")
+        save_png(failure.picture, file)
         entry = {"source": failure.source, "photo": failure.photo, "before": failure.before, "after": failure.after}
         listed.append({**entry, "picture": f"{pictures.name}/{file.name}"})
     content = {

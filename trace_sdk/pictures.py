@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from trace_sdk.atomic import write_bytes
 from trace_sdk.errors import ImageError
 
 if TYPE_CHECKING:
@@ -24,7 +26,12 @@ def write_jpeg(picture: Image, file: IO[bytes], *, quality: int = 92) -> None:
 
 
 def png_bytes(picture: Image) -> bytes:
-    """The PNG file of a picture, as notebooks take it."""
+    """The PNG file of a picture."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def save_png(picture: Image, file: Path) -> None:
+    """Write a PNG, whole or not at all. Raises OutputError."""
+    write_bytes(file, png_bytes(picture))

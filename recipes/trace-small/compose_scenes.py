@@ -8,11 +8,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import at_least, run_script
+from trace_sdk.pictures import save_png
 from trace_sdk.pretraining.cutouts import load_cutouts
 from trace_sdk.pretraining.photos import list_photos, open_photo
 from trace_sdk.pretraining.scenes import compose
@@ -35,15 +34,9 @@ def main() -> None:
         rng = np.random.default_rng([options.seed, number])
         background = open_photo(backgrounds[rng.integers(len(backgrounds))])
         scene = compose(rng, cutouts, random_crop(rng, background, options.size))
-        save(scene.rgb, options.out / f"scene-{number:04d}.png")
+        save_png(Image.fromarray(scene.rgb), options.out / f"scene-{number:04d}.png")
         if options.ids:
-            save(scene.ids, options.out / f"scene-{number:04d}.ids.png")
-
-
-def save(picture: NDArray[np.uint8], file: Path) -> None:
-    """As PNG, whole or not at all."""
-    with write_whole(file) as stream:
-        Image.fromarray(picture).save(stream, "PNG")
+            save_png(Image.fromarray(scene.ids), options.out / f"scene-{number:04d}.ids.png")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 from debian_packages import check_listed, open_resources, unpacked
 from PIL import Image
 
-from trace_sdk.atomic import make_folder, write_whole
+from trace_sdk.atomic import make_folder
 from trace_sdk.cli.console import run_script
+from trace_sdk.pictures import save_png
 
 # As in Debian 12 (bookworm), from which the list was made.
 PACKAGES = {
@@ -47,8 +48,7 @@ def pack(root: Path, out: Path, varied: Path = VARIED) -> int:
         with Image.open(root / name) as photo:
             small = photo.convert("RGB")
         small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-        with write_whole(out / f"{number:03d}-{Path(name).stem}.png") as file:
-            small.save(file, "PNG")
+        save_png(small, out / f"{number:03d}-{Path(name).stem}.png")
     return len(names)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trace_sdk.atomic import write_whole
 from trace_sdk.cli.console import run_script
 from trace_sdk.errors import DatasetError
+from trace_sdk.pictures import save_png
 
 CROPS_PER_PHOTO = 3
 
@@ -35,17 +35,12 @@ def unpack(archive: Path, out: Path) -> None:
         rgba = np.concatenate([np.clip(straight, 0, 255), alpha], axis=-1).astype(np.uint8)
         image = Image.fromarray(rgba, "RGBA")
         part = "train" if number < len(cutouts) - len(cutouts) // 10 else "held-out"
-        _save(image.crop(image.getchannel("A").getbbox()), out / part / "cutouts" / f"{number:04d}.png")
+        save_png(image.crop(image.getchannel("A").getbbox()), out / part / "cutouts" / f"{number:04d}.png")
     photos = len(backgrounds) // CROPS_PER_PHOTO
     for number, background in enumerate(backgrounds):
         photo = number // CROPS_PER_PHOTO  # all crops of one photo go to one side
         part = "train" if photo < photos - (photos + 9) // 10 else "held-out"
-        _save(Image.fromarray(background.transpose(1, 2, 0)), out / part / "backgrounds" / f"{number:04d}.png")
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    with write_whole(file) as stream:
-        image.save(stream, "PNG")
+        save_png(Image.fromarray(background.transpose(1, 2, 0)), out / part / "backgrounds" / f"{number:04d}.png")
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
-from trace_sdk.atomic import write_text, write_whole
+from trace_sdk.atomic import write_text
 from trace_sdk.cli.console import BadEntries, errors, output, progress
 from trace_sdk.cli.options import engine_options, results_option
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import read_photo, save_jpeg
 from trace_sdk.errors import DatasetError, InputError
 from trace_sdk.images import PHOTO_SUFFIXES
+from trace_sdk.pictures import save_png
 
 # What tools append to the stem of a photo, or a photo to that of its scene.
 _SEMANTIC_ENDS = ("_gtFine_labelIds", "_gtFine_labelTrainIds", "_gtCoarse_labelIds", "_labelIds", "_labelTrainIds")
@@ -125,8 +126,7 @@ def command(
                                 f"{width}x{height}. Write labels as large as the photo."
                             )
                         found = edges.panoptic(values, known, threshold=threshold, min_area=min_area)
-                        with write_whole(png) as file:
-                            found.to_png().save(file, "PNG")
+                        save_png(found.to_png(), png)
                         if plot:
                             save_jpeg(found.plot(), coloured)
                         image = {"id": number, "file_name": photo.name, "width": width, "height": height}

@@ -5,13 +5,13 @@ NAME-photo is an ensemble: NAME-decode in the Python backend, the engine, and wi
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Sequence
 
 import PIL.Image
 
 from trace_sdk.engines.manifest import Manifest
+from trace_sdk.pictures import png_bytes
 
 QUEUE_LENGTH = 256  # requests that may wait; more are refused at once
 
@@ -101,6 +101,5 @@ def _step(
 
 def _warmup_photo() -> bytes:
     """A grey PNG as the server keeps bytes: behind their length."""
-    png = io.BytesIO()
-    PIL.Image.new("L", (64, 64), 128).save(png, "PNG")
-    return struct.pack("<I", len(png.getvalue())) + png.getvalue()
+    png = png_bytes(PIL.Image.new("L", (64, 64), 128))
+    return struct.pack("<I", len(png)) + png

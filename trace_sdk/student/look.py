@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trace_sdk.atomic import write_whole
+from trace_sdk.pictures import save_png
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.model import Student
 from trace_sdk.teacher.plot import colour_labels
@@ -29,5 +29,4 @@ def draw_validation(student: Student, images: LabelledImages, size: int, thresho
         np.repeat((edges >= threshold).numpy()[..., None] * 255, 3, 3),
     ]
     rows = np.concatenate([np.asarray(column).round().astype(np.uint8) for column in shown], 2)
-    with write_whole(out) as file:
-        Image.fromarray(np.concatenate(rows)).save(file, "PNG")
+    save_png(Image.fromarray(np.concatenate(rows)), out)
