@@ -120,15 +120,12 @@ class SelfAttentionTap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and (self._calls is None or self._calls.running is not None):
-            query = args[0] if args else kwargs["query"]
-            key = args[1] if len(args) > 1 else kwargs["key"]
+            call = call_of(args, kwargs)
+            query, key, value, scale = call["query"], call["key"], call["value"], scale_of(call)
             found = self._image_tokens(query.shape[-2], key.shape[-2])
             if found is not None:
                 tokens, grid = found
-                scale = kwargs.get("scale")
-                scale = query.shape[-1] ** -0.5 if scale is None else scale
                 answer = mean_key = joint_lse = text_key = None
-                value = args[2] if len(args) > 2 else kwargs["value"]
                 if self._share_softmax:
                     answer, mean_key = attention_with_mean_key(query, key, value, tokens, scale)
                 elif (attend := leaves_lse(query, key, value, args, kwargs)) is not None:
@@ -143,6 +140,17 @@ class SelfAttentionTap(TorchFunctionMode):
                 if answer is not None:
                     return answer
         return func(*args, **kwargs)
+
+
+def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `scaled_dot_product_attention`, by name."""
+    return {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+
+
+def scale_of(call: dict[str, Any]) -> float:
+    """The factor on query·key in such a call."""
+    scale: float = call["query"].shape[-1] ** -0.5 if call.get("scale") is None else call["scale"]
+    return scale
 
 
 def leaves_lse(

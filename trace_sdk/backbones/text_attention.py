@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from trace_sdk.backbones.latent import LatentBackbone
 from trace_sdk.backbones.prompts import Prompt
-from trace_sdk.backbones.tap import AttentionCalls
+from trace_sdk.backbones.tap import AttentionCalls, call_of, scale_of
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ class TextAttentionTap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self._calls.running is not None:
-            names = ("query", "key", "value", "attn_mask")
-            call = {**dict(zip(names, args, strict=False)), **kwargs}
-            query, key, scale = call["query"], call["key"], call.get("scale")
+            call = call_of(args, kwargs)
+            query, key = call["query"], call["key"]
             found = self._image_and_text(query.shape[-2], key.shape[-2])
             if found is not None:
                 image, grid, text = found
@@ -90,7 +89,7 @@ class TextAttentionTap(TorchFunctionMode):
                         query[..., image, :],
                         key[..., text, :],
                         grid,
-                        query.shape[-1] ** -0.5 if scale is None else scale,
+                        scale_of(call),
                         part_of_mask(call.get("attn_mask"), image, text),
                     )
                 )
