@@ -18,7 +18,7 @@ from trace_sdk.engines import BUNDLED
 from trace_sdk.evaluation.baselines import lab_gradient
 from trace_sdk.evaluation.datasets import open_dataset
 from trace_sdk.evaluation.edges import MAX_DIST
-from trace_sdk.evaluation.methods import Engine, Function, Method
+from trace_sdk.evaluation.methods import EngineMethod, Function, Method
 from trace_sdk.thinning import thin_ridges
 
 BINS = np.linspace(0, 1, 11)
@@ -41,7 +41,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     dataset = open_dataset(options.dataset)
-    methods: list[Method] = [*(Engine(name, device="cpu") for name in BUNDLED), Function("lab-gradient", lab_gradient)]
+    methods: list[Method] = [
+        *(EngineMethod(name, device="cpu") for name in BUNDLED),
+        Function("lab-gradient", lab_gradient),
+    ]
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     axes.plot([0, 1], [0, 1], color="0.8")
     for method in methods:

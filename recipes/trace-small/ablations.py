@@ -29,7 +29,7 @@ from trace_sdk.cli.console import progress, run_script
 from trace_sdk.evaluation.datasets import Dataset, Sample, open_dataset
 from trace_sdk.evaluation.edges import EdgeScores
 from trace_sdk.evaluation.evaluate import evaluate
-from trace_sdk.evaluation.methods import BASELINES, Engine, Method
+from trace_sdk.evaluation.methods import BASELINES, EngineMethod, Method
 from trace_sdk.evaluation.report import Report
 from trace_sdk.reports import markdown_table
 from trace_sdk.student.distill import DistillSettings, distill
@@ -161,7 +161,7 @@ def last_losses(folder: Path) -> dict[str, float]:
 
 def engine(path: str, name: str) -> Method:
     """An engine or a student's folder under a row's name."""
-    method = Engine(path, device="cpu")
+    method = EngineMethod(path, device="cpu")
     method.name = name
     return method
 
