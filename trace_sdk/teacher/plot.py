@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def plot(
             found = word_maps(teacher, rgb, words.prompt, words.words, SHOWN)
             words_shown = list(zip(found.words, found.maps.swapaxes(0, 1), strict=True))
     rows = len(words_shown)
-    figure = new_figure(2.6 * len(SHOWN), 9.6 + 2.8 * rows)
+    figure: Any = new_figure(2.6 * len(SHOWN), 9.6 + 2.8 * rows)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.3, 2 + rows))  # so that no curve sets rows of maps apart
     photo, curve, labels = upper.subplots(1, 3)
     grid = lower.subplots(2 + rows, len(SHOWN))
