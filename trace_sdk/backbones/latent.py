@@ -74,6 +74,11 @@ class LatentBackbone(Placed):
         for name, value in prompt.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
         self.attending = self._named(self.self_attention)
+        if not self.attending:
+            raise CheckpointError(
+                f"This {self.family} model has no self-attention that is read here ({self.self_attention}). Give "
+                "another one."
+            )
         self._calls = AttentionCalls(self.attending.values())
         cross = self.cross_attention
         self.calls_on_text = AttentionCalls(self._named(cross).values()) if cross else self._calls
@@ -249,7 +254,12 @@ class LatentBackbone(Placed):
     def scale(self, latents: Tensor) -> Tensor:
         """The VAE's answer → X_0."""
         config = self.vae.config
-        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        shift, spread = config.get("shift_factor") or 0.0, 1.0
+        if config.get("latents_mean"):  # by channel
+            shift, spread = (
+                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            )
+        scaled: Tensor = (latents - shift) * config.get("scaling_factor", 1.0) / spread
         return scaled
 
     @contextmanager
