@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trace_sdk.errors import ArgumentError
 from trace_sdk.evaluation.matching import BoundaryMatcher
 from trace_sdk.evaluation.touching import Touching
+from trace_sdk.thinning import thin_lines
 
 MAX_DIST = 0.0075  # share of the image diagonal within which two boundary pixels may correspond
 THRESHOLDS = 99
@@ -180,8 +181,6 @@ def count_edges(
     Raises:
         ArgumentError: an array has the wrong shape, dtype or range, or `boundaries` is empty.
     """
-    from skimage.morphology import thin
-
     _check(probability, boundaries, max_dist)
     radius = max_dist * math.hypot(*probability.shape)
     matchers = [BoundaryMatcher(boundary, radius) for boundary in boundaries]
@@ -198,7 +197,7 @@ def count_edges(
         binary = probability >= threshold
         if (size := int(np.count_nonzero(binary))) != selected:
             selected = size
-            thinned = thin(binary)  # type: ignore[no-untyped-call]
+            thinned = thin_lines(binary)
             previous = _count_binary(thinned, matchers, truth) + _count_contacts(thinned, contacts)
         rows.append(previous)
     return EdgeCounts(*np.array(rows[::-1], np.int64).T)

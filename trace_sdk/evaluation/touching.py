@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trace_sdk.thinning import thin_lines
+
 GAP = 0.0075  # share of the diagonal within which two outlines are one line: the tolerance of the matching
 
 
@@ -38,7 +40,6 @@ def find_touching(ids: NDArray[np.integer[Any]], classes: Mapping[int, Any]) -> 
         classes: of each id.
     """
     from scipy.ndimage import distance_transform_edt
-    from skimage.morphology import thin
 
     reach = GAP * math.hypot(*ids.shape)
     away, (y, x) = distance_transform_edt(ids == 0, return_indices=True)
@@ -54,7 +55,7 @@ def find_touching(ids: NDArray[np.integer[Any]], classes: Mapping[int, Any]) -> 
         contact = (a != b) & (kind[a] == kind[b])
         line[here] |= contact
         touching[a[contact]] = touching[b[contact]] = True
-    line = np.asarray(thin(line), np.bool_)  # type: ignore[no-untyped-call]
+    line = thin_lines(line)
 
     border = np.zeros(ids.shape, np.bool_)
     border[:, :-1] |= ids[:, :-1] != ids[:, 1:]

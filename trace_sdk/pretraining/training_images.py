@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from trace_sdk.errors import DatasetError, ImageError
+from trace_sdk.folders import files_below
 from trace_sdk.images import MAX_PIXELS, read_image
 from trace_sdk.pretraining.scenes import RGB, compose
 
@@ -30,11 +31,7 @@ def list_photos(folders: Sequence[Path]) -> list[Path]:
             wrong = "is a file, not a folder of photos" if folder.is_file() else "does not exist"
             raise DatasetError(f"{folder} {wrong}. Give the folder that holds the photos.")
         photos = sorted(
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in PHOTO_SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-            and file.is_file()
+            file for file in files_below(folder) if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file()
         )
         if not photos:
             raise DatasetError(

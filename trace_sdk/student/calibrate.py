@@ -10,7 +10,7 @@ from trace_sdk.evaluation.edges import THRESHOLDS, added_up, count_edges, harmon
 from trace_sdk.student.folder import AnyStudent
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.teacher.pseudo_labels import EDGE
-from trace_sdk.thinning import thin_ridges
+from trace_sdk.thinning import thin_lines, thin_ridges
 
 AS_GOOD = 0.99  # of the best F-measure on scenes
 
@@ -54,12 +54,9 @@ def threshold_on_scenes(probability: Tensor, outline: Tensor, known: Tensor) -> 
         probability: float [N, S, S] in [0, 1]. outline: bool [N, S, S], on and beside those of what was pasted.
         known: bool [N, S, S], where it is known whether there is an edge.
     """
-    from skimage.morphology import thin
-
     counts = []
     for edges, band, judged in zip(*(part.cpu().numpy() for part in (probability, outline, known)), strict=True):
-        line = thin(band)  # type: ignore[no-untyped-call]
-        counts.append(count_edges(np.where(judged, thin_ridges(edges), np.float32(0)), [line]))
+        counts.append(count_edges(np.where(judged, thin_ridges(edges), np.float32(0)), [thin_lines(band)]))
     total = added_up(counts)
     f_measures = harmonic_mean(total.precision, total.recall)
     return (int(np.argmax(f_measures >= AS_GOOD * f_measures.max())) + 1) / 100
