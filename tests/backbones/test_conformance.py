@@ -179,6 +179,31 @@ def test_the_teacher_labels_with_it_the_same_each_time(model: Any, photo: Any) -
     assert not np.array_equal(*seeds)
 
 
+@pytest.mark.parametrize("form", ["per-head", "log-per-head"])
+def test_heads_own_divergences_over_all_grids(model: Any, images: Tensor, form: str) -> None:
+    """They ended in an error of torch's for every UNet, whose blocks lie on several grids."""
+    teacher = Teacher(model.backbone, TeacherSettings(size=128, timesteps=(0.3,), form=form))
+    [found] = teacher.annotate_batch([images[:1]])
+    with torch.inference_mode():
+        clean = model.backbone.encode(images[:1])
+        [(_, x_t)] = teacher.trajectory(clean, teacher.noise_like(clean), (0.3,))
+        seen = attend(model.backbone, x_t, 0.3)
+    expected = []
+    for attention in seen:
+        scores = attention.query.double()[0] @ attention.key.double()[0].mT * attention.scale
+        rows = scores.log_softmax(-1).unflatten(1, attention.grid)
+        padded = torch.cat([rows[:, :1], rows, rows[:, -1:]], 1)
+        padded = torch.cat([padded[:, :, :1], padded, padded[:, :, -1:]], 2)
+        maps = []
+        for p, q in ((padded[:, 2:, 1:-1], padded[:, :-2, 1:-1]), (padded[:, 1:-1, 2:], padded[:, 1:-1, :-2])):
+            ahead, behind = ((a.exp() * (a - b)).sum(-1) for a, b in ((p, q), (q, p)))
+            maps.append((ahead + behind).log1p() / 2 if form == "log-per-head" else ahead)
+        divergence = sum(maps).mean(0)
+        grown = torch.nn.functional.interpolate(divergence[None, None], found.abdiv.shape, mode="bilinear")
+        expected.append(grown[0, 0])
+    np.testing.assert_allclose(found.abdiv, torch.stack(expected).mean(0).numpy(), rtol=2e-3, atol=1e-4)
+
+
 def test_inversion_keeps_the_image_and_goes_its_own_way(model: Any, photo: Any) -> None:
     """From X_0, without a random number unless the network answers X_0; other than noising with a random ε."""
     teacher = Teacher(model.backbone, TeacherSettings(size=64, trajectory="inversion"))

@@ -349,7 +349,8 @@ class Teacher:
         if self.settings.form == "mean":
             boundary = MeanBoundary(self.grid(x_t), self._blocks, self.settings.neighbourhood)
         else:
-            boundary = PerHeadBoundary(self._blocks, logs=self.settings.form == "log-per-head")
+            logs = self.settings.form == "log-per-head"
+            boundary = PerHeadBoundary(self.grid(x_t), self._blocks, logs=logs)
         self.backbone(x_t, t, boundary.add)
         return boundary.abdiv()
 
