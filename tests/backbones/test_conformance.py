@@ -140,10 +140,13 @@ def test_sizes_off_the_grid_are_refused(model: Any) -> None:
     if model.backbone.most_tokens:
         with pytest.raises(ArgumentError, match="learnt positions up to"):
             most = model.backbone.most_tokens * model.backbone.token_side
-            model.backbone.encode(torch.zeros(1, 3, least, most + 8 * step))
+            model.backbone(model.backbone.encode(torch.zeros(1, 3, least, most + 8 * step)), 0.3)
         with pytest.raises(ArgumentError, match="learnt positions up to"):
             Teacher(model.backbone, TeacherSettings(size=most + 8 * step))
-        Teacher(model.backbone, TeacherSettings(size=most + 8 * step, tile=most))
+        # Windows of it were refused, too, with the advice to read it in windows.
+        tiled = Teacher(model.backbone, TeacherSettings(size=most + 8 * step, tile=most, timesteps=(0.3,)))
+        wide = np.random.default_rng(0).integers(0, 255, (least // 2, (most + 8 * step) // 2, 3), np.uint8)
+        assert tiled.annotate(wide).abdiv.shape[1] == (most + 8 * step) // model.backbone.token_side
 
 
 def test_kept_queries_and_a_running_map_give_the_same_abdiv(open_tiny: Any, images: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_bytes, write_text
 from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_weights
+from trace_sdk.backbones.checkpoint import refuse_missing, refuse_pickle, sha256_of_folder, unreadable, write_weights
 from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
@@ -296,6 +296,8 @@ class LatentBackbone(Placed):
     ) -> Tensor:
         """As `Backbone` says, with the null prompt unless another one's embeddings, batch of 1, are given."""
         batch, (height, width) = x_t.shape[0], x_t.shape[-2:]
+        if not torch.compiler.is_exporting():
+            self._check_positions(height * self.latent_side, width * self.latent_side)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
         given = {
             name: value.to(x_t.device, self.dtype if value.is_floating_point() else value.dtype).expand(
@@ -321,6 +323,9 @@ class LatentBackbone(Placed):
                 f"{self.family} takes sides that are multiples of {step} from {least}; got {height}×{width}. "
                 "Pad or resize the image first."
             )
+
+    def _check_positions(self, height: int, width: int) -> None:
+        """Of what the denoiser sees, which may be a window of the image that was encoded."""
         most = self.most_tokens
         if most is not None and max(height, width) > most * self.token_side:
             raise ArgumentError(
@@ -376,9 +381,7 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype, *, unused: st
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
         raise unreadable(folder, error) from error
-    missing = [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download it again.")
+    refuse_missing(folder, [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)])
     return model
 
 
