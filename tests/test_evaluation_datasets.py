@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,29 @@ def test_bsds_has_a_map_for_each_annotator(tmp_path: Path) -> None:
     assert [int(boundary.sum()) for boundary in sample.boundaries] == [20, 0]
 
 
+def test_bsds_boundaries_of_matlabs_usual_numbers(tmp_path: Path) -> None:
+    (sample,) = open_dataset(bsds(tmp_path, np.eye(20, 30)))
+    assert int(sample.boundaries[0].sum()) == 20
+
+
+def test_two_bsds_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One of the two was left out without a word."""
+    whole_bsds(tmp_path)
+    (tmp_path / "groundTruth/test").mkdir()
+    shutil.copy(tmp_path / "groundTruth/a.mat", tmp_path / "groundTruth/test/a.mat")
+    with pytest.raises(DatasetError, match=r"a\.mat and .*test/a\.mat have one name"):
+        open_dataset(tmp_path)
+
+
+def test_coco_photos_may_lie_in_folders(tmp_path: Path) -> None:
+    """They were looked for in images/ itself, where --masks looked for them in folders."""
+    coco(tmp_path, square(5, 15), file_name="val/a.png")
+    assert len(list(open_dataset(tmp_path))) == 1
+    (tmp_path / "images/val").mkdir()
+    (tmp_path / "images/a.png").rename(tmp_path / "images/val/a.png")
+    assert len(list(open_dataset(tmp_path))) == 1
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_instance_ids(tmp_path: Path, dtype: type) -> None:
     ids: np.ndarray[Any, Any] = np.zeros((20, 30), dtype)
@@ -160,6 +184,8 @@ def whole_scenes(folder: Path) -> Path:
             "instances.json",
         ),
         (whole_coco, spoil("instances.json", b'{"images": [], "annotations": []}'), "no annotated image"),
+        # Ids of the one as text, of the other as numbers: every score was 0.
+        (whole_coco, lambda folder: coco(folder, square(5, 15), id="1"), "no instance in any of its images"),
         (whole_coco, spoil("images/a.png", b""), "a.png cannot be read"),
         (whole_coco, lambda folder: (folder / "images/a.png").unlink(), "a.png cannot be read"),
         (whole_bsds, spoil("groundTruth/a.mat", b""), "a.mat is not a BSDS500"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +41,21 @@ def test_ctrl_c_is_left_to_the_parent() -> None:
     """Workers that were waiting, or still loading, printed a traceback each."""
     with job_pool(signal.getsignal, 2) as submit:
         assert submit(signal.SIGINT).result() == signal.SIG_IGN
+
+
+KILLED = """
+import os, signal
+from trace_sdk.pool import job_pool
+if __name__ == "__main__":
+    with job_pool(os.getpid, 2) as submit:
+        print(submit().result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_process_that_was_killed_end_with_it(tmp_path: Path) -> None:
+    """They stayed for ever, each with its memory."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    # Output ends when the last worker has ended, who has it, too.
+    ended = subprocess.run([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL and ended.stdout

@@ -11,6 +11,7 @@ from PIL import Image
 
 from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.errors import ArgumentError, DatasetError
+from trace_sdk.kernels import abdiv
 from trace_sdk.student.model import Student
 from trace_sdk.teacher.emergence import TRAJECTORIES
 from trace_sdk.teacher.labels import load_label
@@ -183,7 +184,9 @@ def test_inversion_starts_at_the_image_and_follows_the_flow(tiny_backbone: Pixel
         ({"trajectory": "sideways"}, "trajectory must be one of"),
         ({"form": "median"}, "form must be one of"),
         ({"blocks": ()}, "at least one block"),
+        ({"blocks": (0, 0)}, "each once"),
         ({"blocks": (0, 2)}, r"0 … 1"),
+        ({"seed": 2**64}, "seed must be a number of 64 bits"),
         ({"blocks": (-1,)}, r"0 … 1"),
         ({"precision": "fp8"}, "precision must be"),
         ({"neighbourhood": 6}, "neighbourhood must be"),
@@ -225,6 +228,22 @@ def test_plot_draws_a_picture(tiny_backbone: PixelBackbone, photo: np.ndarray, t
     assert torch.equal(torch.get_rng_state(), before), "a caller's random numbers go on as they would"
     picture = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"))
     assert picture.shape[1] > 800 and picture.std() > 20
+
+
+def test_plot_of_windows_holds_no_larger_map_than_a_window(
+    tiny_backbone: PixelBackbone, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It held attention among all tokens of the enlarged photo: gigabytes at the sizes that windows are for."""
+    grids = []
+
+    def seen(log_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        grids.append(grid)
+        return abdiv(log_map, grid)
+
+    monkeypatch.setattr("trace_sdk.teacher.plot.abdiv", seen)
+    teacher = Teacher(tiny_backbone, dataclasses.replace(SMALL, size=192, tile=96))
+    plot(teacher, photo, teacher.annotate(photo), tmp_path / "look.png")
+    assert set(map(max, grids)) == {96 // 8}
 
 
 def test_label_colours_and_pca_ranges() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,8 +39,7 @@ def job_pool(job: Callable[..., Answer], workers: int) -> Iterator[Callable[...,
     os.environ.update(dict.fromkeys(unset, "1"))  # workers start at their first job, and read it then
     # Forking a process that runs onnxruntime's threads can hang.
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches all processes of a terminal; this one says what was done, and workers end with it.
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, context, _begin)
     try:
         yield lambda *arguments: pool.submit(job, *arguments)
     except BrokenProcessPool as error:
@@ -51,3 +51,19 @@ def job_pool(job: Callable[..., Answer], workers: int) -> Iterator[Callable[...,
         pool.shutdown(cancel_futures=True)
         for name in unset:
             os.environ.pop(name, None)
+
+
+def _begin() -> None:
+    """In a worker: Ctrl-C reaches all processes of a terminal; the first says what was done, and workers end with it.
+
+    With one that is killed, too, for which they would wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with, daemon=True).start()

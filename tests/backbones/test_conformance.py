@@ -140,10 +140,13 @@ def test_sizes_off_the_grid_are_refused(model: Any) -> None:
     if model.backbone.most_tokens:
         with pytest.raises(ArgumentError, match="learnt positions up to"):
             most = model.backbone.most_tokens * model.backbone.token_side
-            model.backbone.encode(torch.zeros(1, 3, least, most + 8 * step))
+            model.backbone(model.backbone.encode(torch.zeros(1, 3, least, most + 8 * step)), 0.3)
         with pytest.raises(ArgumentError, match="learnt positions up to"):
             Teacher(model.backbone, TeacherSettings(size=most + 8 * step))
-        Teacher(model.backbone, TeacherSettings(size=most + 8 * step, tile=most))
+        # Windows of it were refused, too, with the advice to read it in windows.
+        tiled = Teacher(model.backbone, TeacherSettings(size=most + 8 * step, tile=most, timesteps=(0.3,)))
+        wide = np.random.default_rng(0).integers(0, 255, (least // 2, (most + 8 * step) // 2, 3), np.uint8)
+        assert tiled.annotate(wide).abdiv.shape[1] == (most + 8 * step) // model.backbone.token_side
 
 
 def test_kept_queries_and_a_running_map_give_the_same_abdiv(open_tiny: Any, images: Tensor) -> None:
@@ -177,6 +180,31 @@ def test_the_teacher_labels_with_it_the_same_each_time(model: Any, photo: Any) -
     fixed = {"size": 64, "timesteps": (0.5,)}
     seeds = [Teacher(model.backbone, TeacherSettings(**fixed, seed=seed)).annotate(photo).abdiv for seed in (0, 1)]
     assert not np.array_equal(*seeds)
+
+
+@pytest.mark.parametrize("form", ["per-head", "log-per-head"])
+def test_heads_own_divergences_over_all_grids(model: Any, images: Tensor, form: str) -> None:
+    """They ended in an error of torch's for every UNet, whose blocks lie on several grids."""
+    teacher = Teacher(model.backbone, TeacherSettings(size=128, timesteps=(0.3,), form=form))
+    [found] = teacher.annotate_batch([images[:1]])
+    with torch.inference_mode():
+        clean = model.backbone.encode(images[:1])
+        [(_, x_t)] = teacher.trajectory(clean, teacher.noise_like(clean), (0.3,))
+        seen = attend(model.backbone, x_t, 0.3)
+    expected = []
+    for attention in seen:
+        scores = attention.query.double()[0] @ attention.key.double()[0].mT * attention.scale
+        rows = scores.log_softmax(-1).unflatten(1, attention.grid)
+        padded = torch.cat([rows[:, :1], rows, rows[:, -1:]], 1)
+        padded = torch.cat([padded[:, :, :1], padded, padded[:, :, -1:]], 2)
+        maps = []
+        for p, q in ((padded[:, 2:, 1:-1], padded[:, :-2, 1:-1]), (padded[:, 1:-1, 2:], padded[:, 1:-1, :-2])):
+            ahead, behind = ((a.exp() * (a - b)).sum(-1) for a, b in ((p, q), (q, p)))
+            maps.append((ahead + behind).log1p() / 2 if form == "log-per-head" else ahead)
+        divergence = sum(maps).mean(0)
+        grown = torch.nn.functional.interpolate(divergence[None, None], found.abdiv.shape, mode="bilinear")
+        expected.append(grown[0, 0])
+    np.testing.assert_allclose(found.abdiv, torch.stack(expected).mean(0).numpy(), rtol=2e-3, atol=1e-4)
 
 
 def test_inversion_keeps_the_image_and_goes_its_own_way(model: Any, photo: Any) -> None:

@@ -103,6 +103,16 @@ def test_no_network_is_said(hub_at: Any, tmp_path: Path, monkeypatch: pytest.Mon
         open_backbone("owner/model")
 
 
+def test_what_was_downloaded_is_opened_without_the_hub(
+    open_tiny: Any, hub_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_at(None, open_tiny("sd").folder)
+    online = open_backbone("owner/tiny")
+    hub_at("http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert open_backbone("owner/tiny").identity == online.identity
+
+
 def test_only_what_is_read_is_downloaded(open_tiny: Any, hub_at: Any, copy: Callable[[str], Path]) -> None:
     folder = copy("sd")
     for extra in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/x.json"):

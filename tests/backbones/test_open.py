@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -79,6 +80,11 @@ def spoil(folder: Path, how: str) -> None:
         shutil.rmtree(folder / "scheduler")
     elif how == "foreign scheduler":
         (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+    elif how == "timesteps of log sigma":
+        about = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "timestep_type": "continuous"}
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(about))
+    elif how == "empty config":
+        (folder / "transformer" / "config.json").write_text("{}")
     elif how == "index is text":
         (folder / "model_index.json").write_text("hello")
     elif how == "no index":
@@ -110,6 +116,8 @@ def spoil(folder: Path, how: str) -> None:
         ("no weights", "Cannot read the weights in"),
         ("no scheduler", "has no scheduler/scheduler_config.json"),
         ("foreign scheduler", "no known noising rule; known are flow matching"),
+        ("timesteps of log sigma", "no known noising rule"),
+        ("empty config", "transformer/config.json does not say how wide the text's embeddings are"),
         ("index is text", "is not JSON"),
         ("no index", "neither model_index.json"),
         ("one file", r"v1-5\.safetensors is a checkpoint of one file.*from_single_file\(.*\)\.save_pretrained"),
@@ -125,6 +133,64 @@ def test_what_is_wrong_with_a_folder_is_said(copy: Callable[[str], Path], how: s
     if how == "one file":
         with pytest.raises(CheckpointError, match=fragment):
             open_backbone(folder / "v1-5.safetensors")
+
+
+def replace_unet(folder: Path, **settings: Any) -> None:
+    """Another UNet in the place of the tiny one's."""
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shutil.rmtree(folder / "unet")
+    UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24, attention_head_dim=2,
+        norm_num_groups=4, **plain | settings,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("blocks", "grids"),
+    [
+        ({"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}, {(24, 32), (12, 16)}),
+        ({"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}, {(24, 32), (12, 16)}),
+        ({}, {(12, 16)}),  # the middle alone
+    ],
+)
+def test_the_finest_grid_is_that_of_any_block(
+    copy: Callable[[str], Path], blocks: dict[str, Any], grids: set[tuple[int, int]]
+) -> None:
+    """Only the way down was looked at: a finer grid on the way up was averaged away, and without any none was found."""
+    folder = copy("sd")
+    replace_unet(folder, **blocks)
+    backbone = open_backbone(folder)
+    seen: list[Any] = []
+    with torch.inference_mode():
+        backbone(backbone.encode(torch.zeros(1, 3, 96, 128)), 0.3, seen.append)
+    assert {attention.grid for attention in seen} == grids
+    assert backbone.token_grid((96, 128)) == max(grids)
+
+
+def test_a_unet_that_cannot_be_read_is_refused(copy: Callable[[str], Path]) -> None:
+    """They ended in diffusers' own errors at the first image."""
+    folder = copy("sd")
+    replace_unet(folder, class_embed_type="timestep")
+    with pytest.raises(CheckpointError, match="StableDiffusionPipeline on UNet2DConditionModel, which is not support"):
+        open_backbone(folder)
+    replace_unet(folder, mid_block_type=None)
+    with pytest.raises(CheckpointError, match="no self-attention that is read here"):
+        open_backbone(folder)
+
+
+def test_latents_that_are_normalised_by_channel(open_tiny: Any, copy: Callable[[str], Path]) -> None:
+    """As Playground 2.5 has them: only the one factor was taken."""
+    folder = copy("sd")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    by_channel = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
+    (folder / "vae" / "config.json").write_text(json.dumps(config | by_channel))
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    factor = config["scaling_factor"]
+    with torch.inference_mode():
+        plain = open_tiny("sd").backbone.encode(image) / factor
+        found = open_backbone(folder).encode(image)
+    mean, deviation = (torch.tensor(x).view(1, 4, 1, 1) for x in by_channel.values())
+    torch.testing.assert_close(found, (plain - mean) * factor / deviation)
 
 
 def test_a_pixel_backbone_that_is_not_whole(tiny_backbone: PixelBackbone, tmp_path: Path) -> None:

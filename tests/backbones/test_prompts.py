@@ -74,6 +74,24 @@ def test_precomputed_prompt_is_taken(open_tiny: Any, tmp_path: Path) -> None:
         open_backbone(tmp_path / "model")
 
 
+@pytest.mark.parametrize("prompt", [{"tokens": (1, 77, 32)}, {"tokens": (2, 77, 24)}, {"pooled": (1, 24)}])
+def test_a_prompt_of_another_model_is_refused(prompt: dict[str, Any], open_tiny: Any, tmp_path: Path) -> None:
+    """It ended in an error of torch's at the first image."""
+    shutil.copytree(open_tiny("sd").folder, tmp_path / "model")
+    save_file({name: torch.zeros(shape) for name, shape in prompt.items()}, tmp_path / "model" / prompts.PRECOMPUTED)
+    with pytest.raises(CheckpointError, match=r"safetensors is of another model: it has .*takes tokens \[1, 77, 24\]"):
+        open_backbone(tmp_path / "model")
+
+
+def test_a_prompt_is_encoded_again_when_the_index_changes(open_tiny: Any, with_encoders: Any, tmp_path: Path) -> None:
+    """What was kept of SDXL did not depend on whether "no text" is zeros for it."""
+    folder = with_encoders(open_tiny("sdxl"), tmp_path / "model")
+    assert not any(value.any() for value in open_backbone(folder).prompt.values())
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert open_backbone(folder).prompt["tokens"].any()
+
+
 def test_broken_text_encoder_says_what_to_do(open_tiny: Any, with_encoders: Any, tmp_path: Path) -> None:
     folder = with_encoders(open_tiny("sd"), tmp_path / "model")
     (folder / "text_encoder" / "model.safetensors").write_bytes(b"cut")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from trace_sdk.backbones.registry import open_backbone
@@ -64,6 +65,10 @@ def test_teacher_reads_it_without_timesteps(folder: Path, photos: Path, tmp_path
     command = ["label", str(photos / "a.png"), "--backbone", str(folder), "-o", str(tmp_path), "--size", "126"]
     assert CliRunner().invoke(main, [*command, "-t", "0"]).exit_code == 0
     assert load_label(tmp_path / "a.png.npz").labels.shape == (8, 9)
+    # The picture showed it at other t, which ended in an error.
+    command[-3] = str(tmp_path / "plots")
+    assert CliRunner().invoke(main, [*command, "-t", "0", "--plot"]).exit_code == 0
+    assert (tmp_path / "plots" / "a.png.png").is_file()
 
 
 def test_wrong_sizes_and_weights_are_said(folder: Path, tmp_path: Path) -> None:
@@ -71,4 +76,8 @@ def test_wrong_sizes_and_weights_are_said(folder: Path, tmp_path: Path) -> None:
         open_backbone(folder).encode(torch.zeros(1, 3, 112, 120))
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="Cannot read the weights"):
+        open_backbone(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks 1 weights"):  # it was random, with a remark
         open_backbone(tmp_path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trace_sdk.errors import DatasetError
+from trace_sdk.errors import DatasetError, ImageError
 from trace_sdk.labelling.images import find_images
 
 COCO = json.dumps({"images": [{"file_name": "b.png"}, {"file_name": "more/a.png"}], "annotations": "unread"}).encode()
@@ -47,6 +48,30 @@ def test_lists_name_paths_and_voc_ids(tmp_path: Path, write: Any) -> None:
         "in/a.png", f"{inside}/voc/JPEGImages/2007_1.jpg", f"{inside}/gone.jpg",
     ]  # fmt: skip
     assert found[1].read() == b"1"
+
+
+def test_a_list_of_windows_and_a_tar_in_capitals(tmp_path: Path, write: Any, make_tar: Any) -> None:
+    """The mark before the first line became a part of its name, and the tar was taken for a picture."""
+    write(tmp_path, {"list.TXT": b"\xef\xbb\xbfa.png\r\nb.png\r\n"})
+    assert [image.name for image in find_images(tmp_path / "list.TXT")] == ["a.png", "b.png"]
+    make_tar(tmp_path / "x.TAR", {"a.jpg": b"a"})
+    assert [image.read() for image in find_images(tmp_path)] == [b"a"]
+
+
+def test_a_link_to_nothing_fails_by_its_name(tmp_path: Path) -> None:
+    """It was left out without a word."""
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "away.jpg")
+    [image] = find_images(tmp_path)
+    with pytest.raises(ImageError, match=r"gone\.jpg: No such file"):
+        image.read()
+
+
+@pytest.mark.parametrize(("name", "fragment"), [(b"bad\xff.jpg", "is not UTF-8"), (b"x" * 245 + b".jpg", "is longer")])
+def test_names_that_no_label_can_have(name: bytes, fragment: str, tmp_path: Path) -> None:
+    """They ended in a traceback, of Python's or of the system's."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    with pytest.raises(DatasetError, match=f"{fragment}.* Rename the photo"):
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["images", "val2017", "images/val2017", "annotations"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ def unreadable(folder: str | Path, error: Exception) -> CheckpointError:
     """What to raise where diffusers or transformers cannot read weights: of their many lines the first."""
     reason = str(error).strip().partition("\n")[0].rstrip(". ")
     return CheckpointError(f"Cannot read the weights in {folder}: {reason}. Copy or download the folder again.")
+
+
+def refuse_missing(folder: str | Path, names: Sequence[str]) -> None:
+    """Raise CheckpointError if there are `names` of weights that a model has and `folder` has not."""
+    if names:
+        raise CheckpointError(f"{folder} lacks {len(names)} weights, {names[0]} among them. Download it again.")
 
 
 def sha256_of_folder(folder: str | Path) -> str:

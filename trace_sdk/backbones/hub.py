@@ -21,6 +21,8 @@ def is_hub_id(source: str) -> bool:
 def fetch(repository: str, denoiser_of: Callable[[dict[str, Any], ReadConfig], str]) -> Path:
     """Download what is missing of a pipeline into the hub's own cache; the folder there.
 
+    Where the hub does not answer, what was downloaded before is taken.
+
     Args:
         denoiser_of: the folder of the denoiser, from model_index.json and a reader of parts' config.json. What it
             raises for a model that is not supported comes before the weights are fetched.
@@ -32,12 +34,18 @@ def fetch(repository: str, denoiser_of: Callable[[dict[str, Any], ReadConfig], s
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        index = json.loads(Path(hf_hub_download(repository, "model_index.json")).read_text())
+        pipeline = Path(hf_hub_download(repository, "model_index.json"))
         part = denoiser_of(
-            index, lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_text())
+            json.loads(pipeline.read_text()),
+            lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_text()),
         )
-        wanted = wanted_files(HfApi().list_repo_files(repository), part)
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        try:
+            files = HfApi().list_repo_files(repository)
+        except Exception:
+            if any((pipeline.parent / part).glob("*.safetensors")):
+                return pipeline.parent
+            raise
+        return Path(snapshot_download(repository, allow_patterns=wanted_files(files, part)))
     except CheckpointError:
         raise
     except Exception as error:

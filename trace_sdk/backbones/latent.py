@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
 from trace_sdk.backbones.backbone import OnAttention, check_size
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_tensors, write_weights
+from trace_sdk.backbones.checkpoint import (
+    refuse_missing,
+    refuse_pickle,
+    sha256_of_folder,
+    unreadable,
+    write_tensors,
+    write_weights,
+)
 from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
@@ -73,6 +80,11 @@ class LatentBackbone(Placed):
         for name, value in prompt.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
         self.attending = self._named(self.self_attention)
+        if not self.attending:
+            raise CheckpointError(
+                f"This {self.family} model has no self-attention that is read here ({self.self_attention}). Give "
+                "another one."
+            )
         self._calls = AttentionCalls(self.attending.values())
         cross = self.cross_attention
         self.calls_on_text = AttentionCalls(self._named(cross).values()) if cross else self._calls
@@ -249,7 +261,14 @@ class LatentBackbone(Placed):
     def scale(self, latents: Tensor) -> Tensor:
         """The VAE's answer → X_0."""
         config = self.vae.config
-        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        factor = config.get("scaling_factor", 1.0)
+        if config.get("latents_mean"):  # by channel
+            mean, deviation = (
+                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            )
+            by_channel: Tensor = (latents - mean) * factor / deviation
+            return by_channel
+        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * factor
         return scaled
 
     @contextmanager
@@ -286,6 +305,8 @@ class LatentBackbone(Placed):
     ) -> Tensor:
         """As `Backbone` says, with the null prompt unless another one's embeddings, batch of 1, are given."""
         batch, (height, width) = x_t.shape[0], x_t.shape[-2:]
+        if not torch.compiler.is_exporting():
+            self._check_positions(height * self.latent_side, width * self.latent_side)
         times = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
         given = {
             name: value.to(x_t.device, self.dtype if value.is_floating_point() else value.dtype).expand(
@@ -305,6 +326,7 @@ class LatentBackbone(Placed):
             return self.denoise(x_t.to(self.dtype), times, given).float()
 
     def _check_positions(self, height: int, width: int) -> None:
+        """Of what the denoiser sees, which may be a window of the image that was encoded."""
         most = self.most_tokens
         if most is not None and max(height, width) > most * self.token_side:
             raise ArgumentError(
@@ -360,9 +382,7 @@ def read_part(architecture: Any, folder: Path, dtype: torch.dtype, *, unused: st
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds, one meaning
         raise unreadable(folder, error) from error
-    missing = [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download it again.")
+    refuse_missing(folder, [name for name in found["missing_keys"] if unused is None or not name.startswith(unused)])
     return model
 
 

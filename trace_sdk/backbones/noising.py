@@ -117,12 +117,13 @@ def noising_of(scheduler: dict[str, Any]) -> Noising:
     Raises:
         CheckpointError: another kind of scheduler.
     """
-    name, predicts = scheduler.get("_class_name", "?"), scheduler.get("prediction_type")
+    name, predicts = str(scheduler.get("_class_name", "?")), scheduler.get("prediction_type")
     flow = name.startswith("FlowMatch") or predicts == "flow_prediction" or scheduler.get("use_flow_sigmas")
     if flow:
         return FlowMatching(steps=scheduler.get("num_train_timesteps", 1000))
     predicts = predicts or "epsilon"
-    if "beta_schedule" not in scheduler or predicts not in ("epsilon", "v_prediction", "sample"):
+    continuous = scheduler.get("timestep_type") == "continuous"  # the network then takes log σ as its timestep
+    if "beta_schedule" not in scheduler or continuous or predicts not in ("epsilon", "v_prediction", "sample"):
         raise CheckpointError(
             f"The scheduler {name} (prediction type {predicts}) has no known noising rule; known are flow matching "
             "and DDPM schedules that predict epsilon, v_prediction or sample. Put one into scheduler_config.json."
@@ -132,5 +133,6 @@ def noising_of(scheduler: dict[str, Any]) -> Noising:
     try:
         alphas = DDPMScheduler(**{name: scheduler[name] for name in SCHEDULE if name in scheduler}).alphas_cumprod
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The noise schedule of {name} cannot be made: {error}.") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"The noise schedule of {name} cannot be made: {reason}.") from error
     return Diffusion(alphas.float(), predicts)

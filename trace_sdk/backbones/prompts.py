@@ -36,21 +36,28 @@ def null_prompt(
     which is said once.
 
     Raises:
-        CheckpointError: a file is corrupt or pickled, or the text encoders cannot be run.
+        CheckpointError: a file is corrupt or pickled or of another model, or the text encoders cannot be run.
         OutOfMemoryError: the text encoders don't fit.
         OutputError: there is no cache; see `cache_folder`.
     """
+    try:
+        zeros = family.zero_prompt(config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / family.part}/config.json does not say how wide the text's embeddings are ({error}). Give the "
+            "model's own."
+        ) from error
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
-        return _read(precomputed)
+        return _fitting(_read(precomputed), zeros, precomputed)
     index = json.loads((folder / "model_index.json").read_text())
     if missing := missing_text_parts(folder, index):
         log.warning("%s has no %s: zeros take the place of the null prompt's embeddings.", folder, missing)
-        return family.zero_prompt(config)
+        return zeros
     cached = cache_folder() / "null-prompts" / f"{_key(folder, index, dtype)}.safetensors"
     if cached.is_file():
         return _read(cached)
-    prompt = encode(family, folder, index, "", device, dtype)
+    prompt = _fitting(encode(family, folder, index, "", device, dtype), zeros, folder)
     try:
         write_tensors(cached, prompt)
     except OutputError as error:
@@ -114,7 +121,7 @@ def text_parts(index: dict[str, Any]) -> list[str]:
     return [
         name
         for name, kind in index.items()
-        if name.startswith(("text_encoder", "tokenizer")) and isinstance(kind, list) and kind[0] is not None
+        if name.startswith(("text_encoder", "tokenizer")) and isinstance(kind, list) and any(kind)
     ]
 
 
@@ -128,7 +135,7 @@ def _key(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str:
     """Another folder, or other files in it, is another prompt. Size and time stand for gigabytes of weights."""
     files = [file for name in text_parts(index) for file in sorted((folder / name).rglob("*")) if file.is_file()]
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([index["_class_name"], str(dtype), facts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([index, str(dtype), facts]).encode()).hexdigest()
 
 
 def _read(file: Path) -> Prompt:
@@ -136,3 +143,24 @@ def _read(file: Path) -> Prompt:
         return load(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not a null prompt ({error}). Remove it.") from error
+
+
+def _fitting(prompt: Prompt, zeros: Prompt, source: Path) -> Prompt:
+    """The prompt. Raises CheckpointError unless it has the names and widths of the `zeros` of its denoiser."""
+
+    def widths(embeddings: Prompt) -> dict[str, Any]:
+        return {
+            name: (value.ndim, value.shape[:1], value.shape[-1:] if value.is_floating_point() else None)
+            for name, value in embeddings.items()
+        }
+
+    if widths(prompt) != widths(zeros):
+        has, takes = (
+            ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(embeddings.items()))
+            for embeddings in (prompt, zeros)
+        )
+        raise CheckpointError(
+            f"The null prompt of {source} is of another model: it has {has}; this denoiser takes {takes}, of any "
+            "length. Give the model's own."
+        )
+    return prompt

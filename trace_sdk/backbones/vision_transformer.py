@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trace_sdk.backbones.backbone import OnAttention, check_size
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable
+from trace_sdk.backbones.checkpoint import refuse_missing, refuse_pickle, sha256_of_folder, unreadable
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
+from trace_sdk.backbones.quiet import quiet
 from trace_sdk.backbones.tap import SelfAttentionTap
 from trace_sdk.errors import ArgumentError
 
@@ -42,11 +43,17 @@ class VisionTransformer(Placed):
 
         refuse_pickle(folder)
         try:
-            model = AutoModel.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
-            )
+            with quiet():  # it would only warn of missing weights, and go on with random ones
+                model, found = AutoModel.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                    output_loading_info=True,
+                )
         except Exception as error:  # transformers and safetensors raise many kinds, one meaning
             raise unreadable(folder, error) from error
+        refuse_missing(folder, list(found["missing_keys"]))
         return cls(model.eval().requires_grad_(False), sha256_of_folder(folder))
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -139,10 +139,11 @@ def command(
                 report.panoptic.setdefault(name, {})[dataset.name] = scores_of_segments
         if only_others:
             continue
-        with progress(f"annotators on {dataset.name}", total=len(dataset)) as advance:
-            agreement = annotator_agreement(dataset, on_image=_naming(advance))
-        if agreement is not None:
-            report.agreement[dataset.name] = agreement
+        if dataset.kind == "bsds":
+            with progress(f"annotators on {dataset.name}", total=len(dataset)) as advance:
+                agreement = annotator_agreement(dataset, on_image=_naming(advance))
+            if agreement is not None:
+                report.agreement[dataset.name] = agreement
         for method in methods:
             with progress(f"{method.name} on {dataset.name}", total=len(dataset)) as advance:
                 scores = evaluate(

@@ -16,6 +16,7 @@ from trace_sdk.cli.options import engine_options, results_option
 from trace_sdk.cli.parts import Parts, engine_facts
 from trace_sdk.cli.photos import read_photo, save_jpeg
 from trace_sdk.errors import DatasetError, InputError
+from trace_sdk.folders import files_below
 from trace_sdk.images import PHOTO_SUFFIXES
 from trace_sdk.pictures import save_png
 
@@ -160,13 +161,13 @@ def _pairs(semantic: Path, images: Path) -> Iterator[tuple[Path, Path | None]]:
         if not folder.is_dir():
             raise DatasetError(f"{folder} is not a folder. Give the folder of the {what}.")
     photos: dict[str, Path] = {}
-    for file in sorted(images.rglob("*")):
+    for file in sorted(files_below(images)):
         if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file():
             stem = file.stem.removesuffix(_PHOTO_END)
             if stem in photos:
                 raise DatasetError(f"{photos[stem]} and {file} have one stem. Give photos names of their own.")
             photos[stem] = file
-    pictures = sorted(file for file in semantic.rglob("*.png") if file.is_file())
+    pictures = sorted(file for file in files_below(semantic) if file.suffix == ".png" and file.is_file())
     if not pictures:
         raise DatasetError(f"{semantic} has no .png. Give the folder of the semantic pictures.")
     seen: set[str] = set()

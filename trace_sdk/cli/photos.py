@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import click
 
 from trace_sdk.atomic import write_whole
 from trace_sdk.errors import ImageError, OutputError
+from trace_sdk.folders import files_below
 from trace_sdk.images import PHOTO_SUFFIXES
 from trace_sdk.pictures import write_jpeg
 
@@ -109,15 +111,19 @@ def _file_or_folder(path: Path, out: Path) -> Iterator[PhotoJob]:
     if not path.is_dir():
         yield PhotoJob(path, Path(path.name), Path(path.name))
         return
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith(".") and Path(folder, name).resolve() != out
-        )
-        for name in sorted(names):
-            hidden_or_ours = name.startswith(".") or name.endswith(_OURS)
-            if Path(name).suffix.lower() in PHOTO_SUFFIXES and not hidden_or_ours:
-                photo = Path(folder, name)
+    top = path.resolve()
+    passed_over = {out} - {top, *top.parents}
+    for folder, photos in groupby(sorted(files_below(path), key=_folder_first), lambda file: file.parent):
+        place = folder.resolve()
+        if passed_over & {place, *place.parents}:
+            continue
+        for photo in photos:
+            if photo.suffix.lower() in PHOTO_SUFFIXES and not photo.name.endswith(_OURS):
                 yield PhotoJob(photo, photo.relative_to(path), photo.relative_to(path))
+
+
+def _folder_first(file: Path) -> tuple[Path, str]:
+    return file.parent, file.name
 
 
 def _named(jobs: list[PhotoJob]) -> list[PhotoJob]:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from trace_sdk.errors import DatasetError
 from trace_sdk.evaluation.touching import Touching, borders, find_touching
+from trace_sdk.folders import files_below
 
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _IDS = ".ids.png"
@@ -121,15 +122,20 @@ def _open_coco(folder: Path) -> Dataset:
         raise DatasetError(f"{file} is not a COCO instances file ({_short(error)}). Download it again.") from error
     if len(names) != len(content["images"]):
         raise DatasetError(f"{file} lists two images of one name or id. Give each image its own.")
+    if images and marked.keys().isdisjoint(images):
+        raise DatasetError(
+            f"{file} has no instance in any of its images: no image_id of an annotation is the id of an image. Check "
+            "that both are of one set, and both numbers or both text."
+        )
 
     def read(name: str) -> Sample:
         image = names[name]
-        rgb = _read_rgb(folder / "images" / Path(str(image["file_name"])).name)
+        rgb = _read_rgb(_listed_photo(folder, image))
         height, width = rgb.shape[:2]
         if (image.get("height", height), image.get("width", width)) != (height, width):
             raise DatasetError(
                 f"{file}: image {name} is {image.get('width')}x{image.get('height')} there, its photo "
-                f"is {width}x{height}. Use the photos the annotations were made for."
+                f"is {width}x{height} as it is stored. Use the photos the annotations were made for."
             )
         masks = [(annotated_mask(a, height, width, file), a.get("category_id")) for a in marked[image["id"]]]
         masks.sort(key=lambda pair: -int(pair[0].sum()))
@@ -153,7 +159,7 @@ def _open_panoptic(folder: Path) -> Dataset:
 
     def read(name: str) -> Sample:
         image = content.images[names[name]]
-        rgb = _read_rgb(folder / "images" / Path(str(image["file_name"])).name)
+        rgb = _read_rgb(_listed_photo(folder, image))
         segmented = content.read(names[name])
         if segmented.ids.shape != rgb.shape[:2]:
             raise DatasetError(
@@ -181,7 +187,10 @@ def annotated_mask(annotation: dict[str, Any], height: int, width: int, file: Pa
 def _open_bsds(folder: Path) -> Dataset:
     """The photo of groundTruth/a/b.mat is images/a/b.jpg; without a photo the file is an error."""
     truths, photos = folder / "groundTruth", folder / "images"
-    files = {file.stem: file for file in sorted(truths.rglob("*.mat"))}
+    files: dict[str, Path] = {}
+    for file in sorted(files_below(truths)):
+        if file.suffix == ".mat" and files.setdefault(file.stem, file) != file:
+            raise DatasetError(f"{files[file.stem]} and {file} have one name. Give each its own, and its photo.")
 
     def read(name: str) -> Sample:
         file = files[name]
@@ -207,8 +216,8 @@ def _read_bsds_boundaries(file: Path) -> tuple[NDArray[np.bool_], ...]:
     # loadmat lets any error of its parsers through: zlib, struct, index, memory and more.
     except Exception as error:
         raise DatasetError(f"{file} is not a BSDS500 ground truth ({_short(error)}). Download it again.") from error
-    if not boundaries or any(b.ndim != 2 or b.dtype.kind not in "bui" for b in boundaries):
-        raise DatasetError(f"{file} has no boundary maps [H, W] of integers. Download it again.")
+    if not boundaries or any(b.ndim != 2 or b.dtype.kind not in "buif" for b in boundaries):
+        raise DatasetError(f"{file} has no boundary maps [H, W] of numbers. Download it again.")
     return tuple(boundary > 0 for boundary in boundaries)
 
 
@@ -240,6 +249,12 @@ def _find_photo(folder: Path, name: str) -> Path:
         if (file := folder / f"{name}{suffix}").is_file():
             return file
     raise DatasetError(f"{folder / name}.jpg is missing. Put the photo there, or remove its annotation.")
+
+
+def _listed_photo(folder: Path, image: dict[str, Any]) -> Path:
+    """The photo of an entry of a COCO file: where its name says, or with all the others in one folder."""
+    listed = folder / "images" / str(image["file_name"])
+    return listed if listed.is_file() else folder / "images" / listed.name
 
 
 def _read_rgb(file: Path) -> NDArray[np.uint8]:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from trace_sdk.errors import DatasetError, ImageError
+from trace_sdk.folders import files_below
 from trace_sdk.pretraining.photos import SUFFIXES
 
 Where: TypeAlias = "str | os.PathLike[str]"
 
+LONGEST_NAME = 255 - len(".failed")  # in bytes: file systems allow 255
 _TAR, _COMPRESSED = ".tar", (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # A key with several images has its photo in a format of photos and a mask beside it as PNG.
 _PHOTO_FIRST = (".jpg", ".jpeg", ".jpe", ".webp", ".avif", ".heic", ".heif", ".hif", ".png", ".bmp", ".tif", ".tiff")
@@ -68,6 +70,7 @@ def find_images(where: Where | Iterable[Where]) -> list[NamedImage]:
     found: dict[str, NamedImage] = {}
     for argument in arguments:
         for image in _expand(argument):
+            _check_name(image)
             other = found.setdefault(image.name, image)
             if (other.file.absolute(), other.span) != (image.file.absolute(), image.span):
                 raise DatasetError(
@@ -80,6 +83,17 @@ def find_images(where: Where | Iterable[Where]) -> list[NamedImage]:
             ".tar files, a list (.txt) or a COCO file (.json)."
         )
     return list(found.values())
+
+
+def _check_name(image: NamedImage) -> None:
+    """Raise DatasetError unless a label can be called so."""
+    wrong = None
+    if any("\udc80" <= character <= "\udcff" for character in image.name):  # what os.fsdecode makes of other bytes
+        wrong = "is not UTF-8"
+    elif len(Path(image.name).name.encode()) > LONGEST_NAME:
+        wrong = f"is longer than {LONGEST_NAME} bytes"
+    if wrong:
+        raise DatasetError(f"The name of {image.name!a} {wrong}, so no label can be called so. Rename the photo.")
 
 
 def _expand(argument: str) -> Iterator[NamedImage]:
@@ -103,12 +117,9 @@ def _expand(argument: str) -> Iterator[NamedImage]:
 def _folder(folder: Path, root: Path) -> Iterator[NamedImage]:
     if (folder / "JPEGImages").is_dir():  # VOC, whose other folders hold masks
         folder = root = folder / "JPEGImages"
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder).parts
+    for file in sorted(files_below(folder)):
         # COCO keeps panoptic masks as pictures below annotations/.
-        if file.suffix.lower() in {*SUFFIXES, _TAR} and not (
-            "annotations" in inside[:-1] or any(part.startswith(".") for part in inside)
-        ):
+        if file.suffix.lower() in {*SUFFIXES, _TAR} and "annotations" not in file.relative_to(folder).parts[:-1]:
             yield from _file(file, root)
 
 
@@ -116,13 +127,14 @@ def _file(file: Path, root: Path) -> Iterator[NamedImage]:
     name = file.relative_to(root).as_posix()
     if name.lower().endswith(_COMPRESSED):
         raise DatasetError(f"{file} is compressed, so no image in it can be read alone. Unpack it to a .tar first.")
-    if not file.is_file():
-        return
-    if file.suffix == ".txt":
+    if file.exists() and not file.is_file():
+        return  # a folder or a pipe; a link to nothing fails with its name when it is read
+    suffix = file.suffix.lower()
+    if suffix == ".txt":
         yield from _list(file)
-    elif file.suffix == ".json":
+    elif suffix == ".json":
         yield from _coco(file)
-    elif file.suffix == _TAR:
+    elif suffix == _TAR:
         yield from _tar(file, name)
     else:
         yield NamedImage(name, file)
@@ -130,7 +142,7 @@ def _file(file: Path, root: Path) -> Iterator[NamedImage]:
 
 def _list(file: Path) -> Iterator[NamedImage]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file} cannot be read as a list of paths ({error}).") from error
     sets = next((folder for folder in file.absolute().parents if folder.name == "ImageSets"), None)

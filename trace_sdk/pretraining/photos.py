@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from trace_sdk.errors import DatasetError, ImageError
+from trace_sdk.folders import files_below
 from trace_sdk.images import FORMATS, MAX_PIXELS, PHOTO_SUFFIXES, read_image
 
 SUFFIXES = PHOTO_SUFFIXES - {".gif"}  # most of those move
@@ -27,13 +28,7 @@ def list_photos(folders: Sequence[Path]) -> list[Path]:
         if not folder.is_dir():
             wrong = "is a file, not a folder of photos" if folder.is_file() else "does not exist"
             raise DatasetError(f"{folder} {wrong}. Give the folder that holds the photos.")
-        photos = sorted(
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-            and file.is_file()
-        )
+        photos = sorted(file for file in files_below(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
         if not photos:
             raise DatasetError(f"No photos in {folder}. Give a folder that holds {', '.join(sorted(SUFFIXES))} files.")
         found += photos

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trace_sdk.backbones.tap import SelfAttention
@@ -52,12 +53,13 @@ class PerHeadBoundary:
     """Mean over blocks of the heads' own divergences, without any N×N map; give `add` as `on_attention`.
 
     Args:
+        finest: the finest grid (H, W), to which the divergences of coarser ones are enlarged.
         blocks: those to average.
         logs: the mean of log1p of each head's symmetric divergence, instead of the mean of its ABDiv.
     """
 
-    def __init__(self, blocks: Collection[int], *, logs: bool) -> None:
-        self._blocks, self._logs = blocks, logs
+    def __init__(self, finest: tuple[int, int], blocks: Collection[int], *, logs: bool) -> None:
+        self._finest, self._blocks, self._logs = finest, blocks, logs
         self._maps: list[Tensor] = []
 
     def add(self, attention: SelfAttention) -> None:
@@ -65,9 +67,12 @@ class PerHeadBoundary:
         if attention.block not in self._blocks:
             return
         if self._logs:
-            self._maps.append(log_features(per_head_divergence(attention, symmetric=True)).mean(1))
+            divergence = log_features(per_head_divergence(attention, symmetric=True)).mean(1)
         else:
-            self._maps.append(abdiv_per_head(attention))
+            divergence = abdiv_per_head(attention)
+        if attention.grid != self._finest:
+            divergence = F.interpolate(divergence[:, None], self._finest, mode="bilinear")[:, 0]
+        self._maps.append(divergence)
 
     def abdiv(self) -> Tensor:
         """[B, H, W]."""

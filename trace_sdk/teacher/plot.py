@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trace_sdk.backbones.vision_transformer import VisionTransformer
 from trace_sdk.backbones.words import WordedPrompt
 from trace_sdk.figures import new_figure, save_figure
 from trace_sdk.kernels import abdiv
@@ -48,6 +49,8 @@ def plot(
 ) -> None:
     """Draw one photo's way through the teacher into a PNG.
 
+    What is shown along t is the photo whole; of one that is read in windows, as large as one of them.
+
     Args:
         words: adds a row for each word: where the image looks at it, from least (dark) to most over all t shown.
 
@@ -56,17 +59,19 @@ def plot(
         ArgumentError: a word is not in the prompt, or the model takes no text.
         OutOfMemoryError: the device's memory does not hold the maps.
     """
+    times = (0.0,) if isinstance(teacher.backbone, VisionTransformer) else SHOWN
     with memory_of(teacher.backbone, teacher.settings.size):
-        steps = along_t(teacher, rgb, SHOWN)
+        whole = without_windows(teacher)
+        steps = along_t(whole, rgb, times)
         words_shown: list[tuple[str, NDArray[np.float32]]] = []  # with maps [steps, H, W]
         if words:
-            found = word_maps(teacher, rgb, words.prompt, words.words, SHOWN)
+            found = word_maps(whole, rgb, words.prompt, words.words, times)
             words_shown = list(zip(found.words, found.maps.swapaxes(0, 1), strict=True))
     rows = len(words_shown)
     figure: Any = new_figure(2.6 * len(SHOWN), 9.6 + 2.8 * rows)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.3, 2 + rows))  # so that no curve sets rows of maps apart
     photo, curve, labels = upper.subplots(1, 3)
-    grid = lower.subplots(2 + rows, len(SHOWN))
+    grid = lower.subplots(2 + rows, len(times), squeeze=False)
     photo.imshow(rgb)
     photo.set_title("photo")
     if annotation.emergence:
@@ -79,7 +84,7 @@ def plot(
     curve.set(title=title, xlabel="t", ylabel=unit)
     labels.imshow(colour_labels(annotation.labels), interpolation="nearest")
     labels.set_title(f"labels: edge, interior ({annotation.rule}), uncertain")
-    for column, (t, (attention, divergence)) in enumerate(zip(SHOWN, steps, strict=True)):
+    for column, (t, (attention, divergence)) in enumerate(zip(times, steps, strict=True)):
         top, bottom = grid[:2, column]
         top.imshow(attention)
         top.set_title(f"attention PCA, t = {t:g}")
@@ -114,6 +119,14 @@ def plot_t_star(t_star: Sequence[float], window: tuple[float, float], out: Path)
     axes.set(title=f"t* of {len(t_star)} photos", xlabel="t*", ylabel="photos", xlim=(0, 1))
     axes.legend()
     save_figure(figure, out, dpi=70)
+
+
+def without_windows(teacher: Teacher) -> Teacher:
+    """One that reads an image whole: as large as one of the teacher's windows, so that it takes no more memory."""
+    settings = teacher.settings
+    if settings.tile is None:
+        return teacher
+    return Teacher(teacher.backbone, replace(settings, size=min(settings.size, settings.tile), tile=None))
 
 
 @torch.inference_mode()

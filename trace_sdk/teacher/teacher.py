@@ -91,8 +91,10 @@ class TeacherSettings:
         if self.form not in FORMS:
             raise ArgumentError(f"form must be one of {', '.join(FORMS)}; got {self.form!r}.")
         torch_dtype(self.precision)
-        if self.blocks == ():
-            raise ArgumentError("blocks must name at least one block, or be None for all.")
+        if self.blocks is not None and not 0 < len(self.blocks) == len(set(self.blocks)):
+            raise ArgumentError(f"blocks must name at least one block, each once, or be None for all; {self.blocks}.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ArgumentError(f"seed must be a number of 64 bits, got {self.seed}.")
         if self.iep_rows is not None and self.iep_rows < 1:
             raise ArgumentError(f"iep_rows must be at least 1, or None for all rows, got {self.iep_rows}.")
         if self.neighbourhood not in NEIGHBOURHOODS or (self.form != "mean" and self.neighbourhood != 4):
@@ -347,7 +349,8 @@ class Teacher:
         if self.settings.form == "mean":
             boundary = MeanBoundary(self.grid(x_t), self._blocks, self.settings.neighbourhood)
         else:
-            boundary = PerHeadBoundary(self._blocks, logs=self.settings.form == "log-per-head")
+            logs = self.settings.form == "log-per-head"
+            boundary = PerHeadBoundary(self.grid(x_t), self._blocks, logs=logs)
         self.backbone(x_t, t, boundary.add)
         return boundary.abdiv()
 

@@ -61,12 +61,6 @@ class QwenImage(LatentBackbone):
     def posterior_mean(self, images: Tensor) -> Tensor:
         return super().posterior_mean(images[:, :, None])[:, :, 0]
 
-    def scale(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        mean, deviation = (latents.new_tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std))
-        scaled: Tensor = (latents - mean) / deviation
-        return scaled
-
     @property
     def in_channels(self) -> int:
         return int(self.denoiser.config.in_channels) // 4

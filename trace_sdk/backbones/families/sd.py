@@ -23,11 +23,13 @@ class StableDiffusion(LatentBackbone):
 
     @classmethod
     def matches(cls, config: dict[str, Any]) -> bool:
-        return config.get("addition_embed_type") == cls.conditions
+        classes = config.get("class_embed_type") or config.get("num_class_embeds")  # as unCLIP and the upscaler have
+        return config.get("addition_embed_type") == cls.conditions and not classes
 
     @classmethod
     def zero_prompt(cls, config: dict[str, Any]) -> Prompt:
-        return {"tokens": torch.zeros(1, 77, config["cross_attention_dim"])}
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]  # Kolors has a layer between
+        return {"tokens": torch.zeros(1, 77, width)}
 
     @classmethod
     def encode_prompt(cls, pipeline: Any, prompt: str) -> Prompt:
@@ -39,9 +41,15 @@ class StableDiffusion(LatentBackbone):
 
     @property
     def cells_per_token(self) -> int:
-        """The first stage that attends; each stage halves the grid."""
-        kinds = self.denoiser.config.down_block_types
-        return int(2 ** next(stage for stage, kind in enumerate(kinds) if "CrossAttn" in kind))
+        """The finest stage that attends; each stage halves the grid."""
+        last = len(self.denoiser.config.block_out_channels) - 1
+        attending = (
+            stage
+            for stage in range(last)
+            for name in self.attending
+            if name.startswith((f"down_blocks.{stage}.", f"up_blocks.{last - stage}."))
+        )
+        return int(2 ** next(attending, last))
 
     @property
     def multiple_of(self) -> int:
