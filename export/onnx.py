@@ -254,7 +254,7 @@ def export_onnx(
             file.write(sealed)
             if data:
                 # Whole before it appears, just before what names it; a load in between says that the two don't fit.
-                with (work / data["file"]).open("rb") as written:
+                with (work / data["file"]).open("r+b") as written:
                     os.fsync(written.fileno())
                 (work / data["file"]).replace(out.with_name(data["file"]))
         return ExportReport(

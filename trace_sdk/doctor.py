@@ -68,7 +68,7 @@ def _tried(provider: str) -> Finding:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "trace_sdk.doctor"],
-            input=provider, capture_output=True, text=True, timeout=PATIENCE, check=False,
+            input=provider, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Finding("provider", provider, False, f"did not answer in {PATIENCE} s")

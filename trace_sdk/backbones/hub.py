@@ -32,9 +32,9 @@ def fetch(repository: str, denoiser_of: Callable[[dict[str, Any], ReadConfig], s
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        index = json.loads(Path(hf_hub_download(repository, "model_index.json")).read_text())
+        index = json.loads(Path(hf_hub_download(repository, "model_index.json")).read_bytes())
         part = denoiser_of(
-            index, lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_text())
+            index, lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_bytes())
         )
         wanted = wanted_files(HfApi().list_repo_files(repository), part)
         return Path(snapshot_download(repository, allow_patterns=wanted))

@@ -43,7 +43,7 @@ def null_prompt(
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
         return _read(precomputed)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_bytes())
     if missing := missing_text_parts(folder, index):
         log.warning("%s has no %s: zeros take the place of the null prompt's embeddings.", folder, missing)
         return family.zero_prompt(config)

@@ -196,7 +196,9 @@ def _cold_start(task: dict[str, Any], files: list[str]) -> dict[str, Any]:
 def _in_a_process(task: dict[str, Any]) -> dict[str, Any]:
     """What the worker answers. Raises EngineError if it dies."""
     command = [sys.executable, "-m", "trace_sdk.benchmarking.worker"]
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(task), capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         name = task.get("engine", task.get("baseline"))

@@ -130,7 +130,7 @@ def _file(file: Path, root: Path) -> Iterator[NamedImage]:
 
 def _list(file: Path) -> Iterator[NamedImage]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file} cannot be read as a list of paths ({error}).") from error
     sets = next((folder for folder in file.absolute().parents if folder.name == "ImageSets"), None)
@@ -180,8 +180,9 @@ def _tar(file: Path, name: str) -> Iterator[NamedImage]:
 
 
 def _name(path: str, root: Path) -> str:
-    """A name that stays inside any folder it is put in: what leads out of `root` is named from / on."""
+    """A name that stays inside any folder it is put in: what leads out of `root` is named from / on, or its drive's."""
     relative = posixpath.normpath(Path(path).as_posix())
-    if relative.startswith(("/", "../")):
-        relative = posixpath.normpath((root.absolute() / path).as_posix())
-    return relative.lstrip("/")
+    if Path(relative).anchor or relative.startswith("../"):
+        whole = Path(posixpath.normpath((root.absolute() / path).as_posix()))
+        relative = whole.relative_to(whole.anchor).as_posix()
+    return relative

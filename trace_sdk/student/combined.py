@@ -89,7 +89,7 @@ class CombinedStudent(nn.Module):
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
         try:
-            share = float(json.loads((folder / "student.json").read_text())["share"])
+            share = float(json.loads((folder / "student.json").read_bytes())["share"])
             return cls(Student.load(folder / "attending"), NanoStudent.load(folder / "looking"), share).eval()
         except (OSError, ValueError, KeyError, TypeError, CheckpointError, ArgumentError) as error:
             raise CheckpointError(

@@ -27,7 +27,7 @@ def open_student(folder: str | Path) -> AnyStudent:
             "wrote."
         )
     try:
-        architecture = json.loads((Path(folder) / "student.json").read_text()).get("architecture")
+        architecture = json.loads((Path(folder) / "student.json").read_bytes()).get("architecture")
     except (OSError, ValueError, AttributeError):
         architecture = None  # Student.load says what is wrong
     kinds: dict[str | None, type[NanoStudent | CombinedStudent]] = {"nano": NanoStudent, "combined": CombinedStudent}

@@ -239,7 +239,7 @@ class Student(nn.Module):
             )
         backbone = open_backbone(folder / "backbone")
         try:
-            about = json.loads((folder / "student.json").read_text())
+            about = json.loads((folder / "student.json").read_bytes())
             weights = load((folder / "decoder.safetensors").read_bytes())
             decoder = EdgeDecoder(len(weights["standardise.weight"]))
             decoder.load_state_dict(weights)

@@ -123,7 +123,7 @@ class NanoStudent(nn.Module):
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
         try:
-            student = cls(float(json.loads((folder / "student.json").read_text())["threshold"]))
+            student = cls(float(json.loads((folder / "student.json").read_bytes())["threshold"]))
             student.load_state_dict(load((folder / "nano.safetensors").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
