@@ -35,14 +35,14 @@ DRAWN_SIZE = (768, 512)
 
 # What each baseline imports, and the line that installs it.
 _NEEDS = {
-    "Canny (scikit-image)": ("skimage", "pip install 'trace-sdk[evaluate]'"),
+    "Canny (scikit-image)": ("skimage", 'pip install "trace-sdk[evaluate]"'),
     "Canny (OpenCV)": ("cv2", "pip install opencv-python-headless"),
 }
 FORESTS, TEACHER = "structured forests", "teacher"
 # Baselines that need a file each, and how to name it.
 _ASKED_FOR = {
     FORESTS: "--structured-forests MODEL.yml.gz, and pip install opencv-contrib-python-headless",
-    TEACHER: "--teacher BACKBONE, and pip install 'trace-sdk[train]'",
+    TEACHER: '--teacher BACKBONE, and pip install "trace-sdk[train]"',
 }
 
 

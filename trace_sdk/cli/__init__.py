@@ -69,7 +69,7 @@ def main() -> None:
     Edges for your own photos, with the engine that comes with the package:
       trace-sdk detect street.jpg -o edges/
     \b
-    An engine of your own, stage by stage (pip install 'trace-sdk[train]'):
+    An engine of your own, stage by stage (pip install "trace-sdk[train]"):
       pretrain → label → distill → export → evaluate
 
     Each command explains itself: trace-sdk detect --help

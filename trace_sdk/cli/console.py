@@ -84,7 +84,7 @@ def report_errors() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        say_error(f"{package} is not installed. Run: pip install 'trace-sdk[{_EXTRAS[package]}]'")
+        say_error(f'{package} is not installed. Run: pip install "trace-sdk[{_EXTRAS[package]}]"')
         raise click.exceptions.Exit(FAILED) from None
     except KeyboardInterrupt:
         script = sys.argv[0].endswith(".py")
