@@ -230,7 +230,7 @@ class Known:
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._file, self._settings = file, settings
-        kept = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "scores": {}}
+        kept = json.loads(file.read_bytes()) if file.is_file() else {"settings": settings, "scores": {}}
         if kept["settings"] != settings:
             raise SystemExit(f"error: {file} is of a run with other settings. Remove it, or give another --work.")
         self._scores: dict[str, dict[str, float]] = kept["scores"]

@@ -150,7 +150,7 @@ def main() -> None:
     teacher = Teacher(PixelBackbone.load(options.backbone), TeacherSettings(size=options.size))
     annotation = draw_teacher(teacher, read_image(options.photo).rgb, options.out)
     record = options.out / "made-with.json"
-    about = json.loads(record.read_text()) if record.is_file() else {}
+    about = json.loads(record.read_bytes()) if record.is_file() else {}
     about["teacher"] = {
         "photo": options.photo.name,
         "backbone_sha256": PixelBackbone.sha256(options.backbone),

@@ -21,6 +21,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from torch.export import Dim
 
 from trace_sdk import __version__
@@ -252,7 +253,7 @@ def export_onnx(
             file.write(sealed)
             if data:
                 # Whole before it appears, just before what names it; a load in between says that the two don't fit.
-                with (work / data["file"]).open("rb") as written:
+                with (work / data["file"]).open("r+b") as written:
                     os.fsync(written.fileno())
                 (work / data["file"]).replace(out.with_name(data["file"]))
         return ExportReport(
@@ -346,4 +347,25 @@ def _to_onnx(graph: EngineGraph, opset: int = OPSET, work: Path | None = None) -
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.functions):
         del part.metadata_props[:]  # stack traces of the machine that exported, as large as a small engine
         part.doc_string = ""
+    without_cosines(model)
     return model
+
+
+def without_cosines(model: onnx.ModelProto) -> None:
+    """Make sines of cosines of float64, which turn queries and keys by where they lie: cos x = sin(x + π/2).
+
+    onnxruntime has them from 1.29 on; on a Mac with Intel, or with macOS 13, 1.23 is the last there is.
+    """
+    graph, quarter = model.graph, "quarter_turn"
+    double = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.DOUBLE}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Cos" and node.input[0] in double:
+            turned = f"{node.output[0]}_turned"
+            nodes.append(helper.make_node("Add", [node.input[0], quarter], [turned], f"{node.name}_turned"))
+            node = helper.make_node("Sin", [turned], node.output, node.name)
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
+        graph.initializer.append(numpy_helper.from_array(np.array(np.pi / 2), quarter))

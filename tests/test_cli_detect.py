@@ -182,7 +182,7 @@ def test_a_missing_extra_names_the_install_line(capsys: pytest.CaptureFixture[st
         with pytest.raises(Exit) as caught, console.report_errors():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         assert caught.value.exit_code == 1
-        assert f"pip install 'trace-sdk[{extra}]'" in capsys.readouterr().err
+        assert f'pip install "trace-sdk[{extra}]"' in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError), console.report_errors():
         raise ModuleNotFoundError("a fault of ours", name="trace_sdk.nothing")
 

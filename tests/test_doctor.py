@@ -42,7 +42,7 @@ def test_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "onnxruntime-gpu" in found["provider", "CUDAExecutionProvider"]["detail"]
     assert found["engine", "trace-nano"]["works"] and "answered in" in found["engine", "trace-small"]["detail"]
     assert not found["extra", "train"]["works"] and "lacks diffusers" in found["extra", "train"]["detail"]
-    assert "pip install 'trace-sdk[train]'" in found["extra", "train"]["detail"]
+    assert 'pip install "trace-sdk[train]"' in found["extra", "train"]["detail"]
     assert found["extra", "instances"]["works"] and said["machine"]["numpy"]
 
 
@@ -66,7 +66,7 @@ def test_what_does_not_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(doctor, "BUNDLED", ("missing",))
     result = CliRunner().invoke(main, ["doctor"])
-    assert "'trace-sdk[ray]'" in result.output or "Ray cluster: installed" in result.output, "brackets are no markup"
+    assert '"trace-sdk[ray]"' in result.output or "Ray cluster: installed" in result.output, "brackets are no markup"
     assert result.exit_code == 1 and "No engine is called 'missing'" in result.output.replace("\n", " ")
 
 

@@ -207,7 +207,7 @@ def test_a_phones_heic_is_read_upright_and_pillow_stays_as_it_was() -> None:
 
 def test_a_heic_without_its_package_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pi_heif", None)
-    with pytest.raises(ImageError, match=r"turned\.heic: is a HEIC photo\. `pip install 'trace-sdk\[heic\]'`"):
+    with pytest.raises(ImageError, match=r'turned\.heic: is a HEIC photo\. Run: pip install "trace-sdk\[heic\]"'):
         read_image(HEIC)
     with pytest.raises(ImageError, match=r"phone: is a HEIC photo\."):
         upright_size(HEIC.read_bytes(), "phone")

@@ -268,7 +268,7 @@ def test_missing_packages_name_the_install_line(monkeypatch: pytest.MonkeyPatch)
     for name in [name for name in sys.modules if name.startswith("trace_sdk.instances.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'trace-sdk\[instances\]'"):
+    with pytest.raises(MissingExtraError, match=r'pip install "trace-sdk\[instances\]"'):
         edge_map(room()).instances()
 
 

@@ -340,7 +340,7 @@ def test_without_the_extra_it_names_the_line(tiny_engine: Path) -> None:
     hidden = "import sys; sys.modules['starlette'] = sys.modules['starlette.applications'] = None; "
     line = [sys.executable, "-c", hidden + "from trace_sdk.cli import main; main()", "serve"]
     ended = subprocess.run(line, capture_output=True, text=True)
-    assert ended.returncode == 1 and "pip install 'trace-sdk[serve]'" in ended.stderr
+    assert ended.returncode == 1 and 'pip install "trace-sdk[serve]"' in ended.stderr
 
 
 def until(tab: Any, expression: str) -> None:

@@ -16,14 +16,16 @@ except ImportError:  # Windows has no such locks
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[bool]:
     """Hold a folder that exists while the block runs; a process that is killed lets go of it, and no file stays behind.
+
+    Gives whether it is held: where there are no locks, nobody knows who else works there.
 
     Raises:
         OutputError: another process holds it.
     """
     if fcntl is None:
-        yield
+        yield False
         return
     descriptor, held = os.open(folder, os.O_RDONLY), False
     try:
@@ -36,7 +38,7 @@ def alone(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        yield held
     finally:
         if held:  # not by closing alone: forks, as those that prepare batches, have the descriptor, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -38,7 +39,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         os.close(descriptor)
         yield Path(name)
-        with Path(name).open("rb") as written:
+        with Path(name).open("r+b") as written:  # Windows syncs nothing that was opened for reading alone
             os.fsync(written.fileno())
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(target)
@@ -115,8 +116,9 @@ def unfinished_folder(path: str | Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*/"):
-            with suppress(OSError, OutputError), alone(left):  # unless a process still works there
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError, OutputError), alone(left) as held:  # unless a process may still work there
+                if held:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, alone(Path(folder)):
             yield Path(folder)
     except OSError as error:
@@ -144,7 +146,9 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once the folder itself is on disk.
+    # A rename survives a power cut only once the folder itself is on disk; Windows opens no folders.
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

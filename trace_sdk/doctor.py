@@ -63,7 +63,7 @@ def _providers() -> Iterator[Finding]:
         if provider != _REMOTE:
             yield _tried(provider)
     if CUDA not in onnxruntime.get_available_providers():
-        swap = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        swap = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
         yield Finding("provider", CUDA, False, f"not in this onnxruntime; with an NVIDIA GPU: {swap}")
 
 
@@ -79,7 +79,7 @@ def _tried(provider: str) -> Finding:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "trace_sdk.doctor"],
-            input=provider, capture_output=True, text=True, timeout=PATIENCE, check=False,
+            input=provider, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Finding("provider", provider, False, f"did not answer in {PATIENCE} s")
@@ -108,7 +108,7 @@ def _engine(name: str) -> Finding:
 def _extras() -> Iterator[Finding]:
     for extra, adds in WHAT_EXTRAS_ADD.items():
         missing = sorted(name for name in packages_of(extra) if not _installed(name))
-        detail = f"pip install 'trace-sdk[{extra}]' (lacks {', '.join(missing)})" if missing else "installed"
+        detail = f'pip install "trace-sdk[{extra}]" (lacks {", ".join(missing)})' if missing else "installed"
         yield Finding("extra", extra, not missing, f"{adds}: {detail}")
 
 

@@ -312,6 +312,8 @@ class EdgeMap:
         return file.getvalue()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is None:  # a word that numpy 1 does not know
+            return np.asarray(self.probability, dtype)
         return np.array(self.probability, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:

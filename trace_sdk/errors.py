@@ -82,5 +82,5 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{what} {error.name}, which is not installed. Run: pip install 'trace-sdk[{extra}]'"
+            f'{what} {error.name}, which is not installed. Run: pip install "trace-sdk[{extra}]"'
         ) from error

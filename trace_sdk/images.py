@@ -181,7 +181,7 @@ def _open_heif(file: IO[bytes], source: str) -> PIL.Image.Image:
         from pi_heif import HeifImageFile
     except ImportError as error:
         raise ImageError(
-            f"{source}: is a HEIC photo. `pip install 'trace-sdk[heic]'` makes them readable; or convert it to JPEG."
+            f'{source}: is a HEIC photo. Run: pip install "trace-sdk[heic]", or convert it to JPEG.'
         ) from error
     picture: PIL.Image.Image = HeifImageFile(file)
     return picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import math
 import os
@@ -41,7 +42,7 @@ def cache_folder() -> Path:
 
 def _quotas(root: Path) -> Iterator[float]:
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -58,7 +59,7 @@ def _quotas(root: Path) -> Iterator[float]:
 def _quota(folder: Path, version: int) -> Iterator[float]:
     names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
-        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        quota, period = " ".join((folder / name).read_text("utf-8") for name in names).split()
         cores = int(quota) / int(period)
     except (OSError, ValueError):  # no such limit; "max"
         return
@@ -69,13 +70,35 @@ def _quota(folder: Path, version: int) -> Iterator[float]:
 def peak_memory() -> int:
     """The most memory (resident set) that this process has held so far, bytes."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text("utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
+    except (OSError, IndexError, ValueError):  # elsewhere than on Linux
+        if sys.platform == "win32":
+            return _peak_working_set()
         import resource
 
-        # Elsewhere than on Linux; macOS counts in bytes.
+        # macOS counts in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _MemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of Windows."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("peak_working_set", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 7),
+    )
+
+
+def _peak_working_set() -> int:
+    counters = _MemoryCounters()
+    this_process = ctypes.c_void_p(-1)
+    ctypes.WinDLL("kernel32").K32GetProcessMemoryInfo(  # type: ignore[attr-defined]
+        this_process, ctypes.byref(counters), ctypes.sizeof(counters)
+    )
+    return int(counters.peak_working_set)
 
 
 def hardware() -> dict[str, str | int]:
@@ -134,7 +157,7 @@ def commit() -> str | None:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,6 +1,6 @@
 """Ask a Triton Inference Server for the edges of a photo; `trace-sdk deploy triton` wrote what it serves.
 
-pip install 'tritonclient[http]' pillow; python client.py localhost:8000 trace-small photo.jpg edges.png
+pip install "tritonclient[http]" pillow; python client.py localhost:8000 trace-small photo.jpg edges.png
 
 A model whose name ends in -photo (`--encoded`) gets the file itself, any other its RGB pixels.
 """

@@ -154,7 +154,7 @@ def train(out: Path, settings: DistillSettings, images: LabelledImages) -> None:
 
 def last_losses(folder: Path) -> dict[str, float]:
     """Means of a student's loss terms over its steps after the common ones."""
-    rows = csv.DictReader((folder / "curves.csv").read_text().splitlines())
+    rows = csv.DictReader((folder / "curves.csv").read_text("utf-8").splitlines())
     curve = [row for row in rows if int(row["step"]) > DECODER_STEPS]
     return {term: float(np.mean([float(row[term]) for row in curve])) for term in ("dice", "graded", "reconstruction")}
 

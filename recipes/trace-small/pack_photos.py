@@ -45,7 +45,7 @@ def find_originals(sets: Path, files: Path) -> dict[str, Path]:
     """NAME → original, for each line of the list."""
     by_name = {name: {file.name: file for file in sorted((sets / name).rglob("*.*"))} for name in BY_NAME}
     originals = {}
-    for line in files.read_text().splitlines():
+    for line in files.read_text("utf-8").splitlines():
         name, original = line.split("\t")
         known = by_name.get(original.partition("/")[0], {})
         originals[name] = known.get(Path(original).name, sets / original)

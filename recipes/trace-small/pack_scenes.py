@@ -68,7 +68,7 @@ def pack_background(rng: np.random.Generator, image: Image.Image) -> NDArray[np.
 
 def read_sources(file: Path) -> tuple[list[str], list[str]]:
     """The cut-outs and the backgrounds of a list, each as PACKAGE/PATH."""
-    lines = file.read_text().split()
+    lines = file.read_text("utf-8").split()
     middle = lines.index("backgrounds")
     return lines[lines.index("sprites") + 1 : middle], lines[middle + 1 :]
 

@@ -38,7 +38,7 @@ def pack(root: Path, out: Path, varied: Path = VARIED) -> int:
 
     A line is PACKAGE/PATH, or PACKAGE/PATH.rcc:/PATH for what lies in a Qt resource file.
     """
-    names = varied.read_text().split()
+    names = varied.read_text("utf-8").split()
     for archive in {name.partition(":")[0] for name in names if ":" in name}:
         if (root / archive).is_file():
             open_resources(root / archive)

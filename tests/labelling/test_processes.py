@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def write(self, _: str) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def full(file: Path, mode: str = "r") -> io.StringIO:
+    def full(file: Path, mode: str = "r", **_: str) -> io.StringIO:
         assert mode == "x"
         file.touch(exist_ok=False)
         return Full()

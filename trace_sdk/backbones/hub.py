@@ -36,8 +36,8 @@ def fetch(repository: str, denoiser_of: Callable[[dict[str, Any], ReadConfig], s
     try:
         pipeline = Path(hf_hub_download(repository, "model_index.json"))
         part = denoiser_of(
-            json.loads(pipeline.read_text()),
-            lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_text()),
+            json.loads(pipeline.read_bytes()),
+            lambda name: json.loads(Path(hf_hub_download(repository, f"{name}/config.json")).read_bytes()),
         )
         try:
             files = HfApi().list_repo_files(repository)

@@ -359,7 +359,7 @@ def read_config(folder: Path, part: str, file: str = "config.json") -> dict[str,
             "(pipeline.save_pretrained writes one)."
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(config, dict):

@@ -87,7 +87,7 @@ class PixelBackbone(Placed):
         if not config_file.is_file():
             raise CheckpointError(f"{folder} has no config.json. Give the folder that `trace-sdk pretrain -o` wrote.")
         try:
-            config = json.loads(config_file.read_text())
+            config = json.loads(config_file.read_bytes())
             name, channels = config["_class_name"], config["in_channels"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{config_file} is not a diffusers config: {error}.") from error

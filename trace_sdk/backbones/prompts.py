@@ -50,7 +50,7 @@ def null_prompt(
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
         return _fitting(_read(precomputed), zeros, precomputed)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_bytes())
     if missing := missing_text_parts(folder, index):
         log.warning("%s has no %s: zeros take the place of the null prompt's embeddings.", folder, missing)
         return zeros

@@ -36,14 +36,14 @@ DRAWN_SIZE = (768, 512)
 
 # What each baseline imports, and the line that installs it.
 _NEEDS = {
-    "Canny (scikit-image)": ("skimage", "pip install 'trace-sdk[evaluate]'"),
+    "Canny (scikit-image)": ("skimage", 'pip install "trace-sdk[evaluate]"'),
     "Canny (OpenCV)": ("cv2", "pip install opencv-python-headless"),
 }
 FORESTS, TEACHER = "structured forests", "teacher"
 # Baselines that need a file each, and how to name it.
 _ASKED_FOR = {
     FORESTS: "--structured-forests MODEL.yml.gz, and pip install opencv-contrib-python-headless",
-    TEACHER: "--teacher BACKBONE, and pip install 'trace-sdk[train]'",
+    TEACHER: '--teacher BACKBONE, and pip install "trace-sdk[train]"',
 }
 
 
@@ -197,7 +197,9 @@ def _cold_start(task: dict[str, Any], files: list[str]) -> dict[str, Any]:
 def _in_a_process(task: dict[str, Any]) -> dict[str, Any]:
     """What the worker answers. Raises EngineError if it dies."""
     command = [sys.executable, "-m", "trace_sdk.benchmarking.worker"]
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(task), capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         name = task.get("engine", task.get("baseline"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
 from trace_sdk import __version__
-from trace_sdk.cli.console import report_errors
+from trace_sdk.cli.console import report_errors, write_what_can_be
 
 # One line a verb, kept here so that `trace-sdk --help` imports none of them.
 _VERBS = {
@@ -50,6 +51,10 @@ class _Verbs(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_VERBS.items()))
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        write_what_can_be()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> object:
         with report_errors():
             return super().invoke(ctx)
@@ -64,7 +69,7 @@ def main() -> None:
     Edges for your own photos, with the engine that comes with the package:
       trace-sdk detect street.jpg -o edges/
     \b
-    An engine of your own, stage by stage (pip install 'trace-sdk[train]'):
+    An engine of your own, stage by stage (pip install "trace-sdk[train]"):
       pretrain → label → distill → export → evaluate
 
     Each command explains itself: trace-sdk detect --help

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +43,12 @@ _EVALUATE = ("scipy", "skimage", "pycocotools")
 _EXTRAS = {**dict.fromkeys(_TRAIN, "train"), **dict.fromkeys(_EVALUATE, "evaluate")}
 
 
+def write_what_can_be() -> None:
+    """Let stdout replace what its encoding lacks: a pipe on Windows takes neither → nor μ."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def say_error(message: object) -> None:
     """Print `error: message` to stderr, above a running progress bar."""
     errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
@@ -77,7 +85,7 @@ def report_errors() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        say_error(f"{package} is not installed. Run: pip install 'trace-sdk[{_EXTRAS[package]}]'")
+        say_error(f'{package} is not installed. Run: pip install "trace-sdk[{_EXTRAS[package]}]"')
         raise click.exceptions.Exit(FAILED) from None
     except OSError as error:
         # Files that we write have their own errors; what is left without a name is the standard output.
@@ -87,7 +95,8 @@ def report_errors() -> Iterator[None]:
         raise click.exceptions.Exit(FAILED) from None
     except KeyboardInterrupt:
         script = sys.argv[0].endswith(".py")
-        command = shlex.join([*(["python", sys.argv[0]] if script else [Path(sys.argv[0]).name]), *sys.argv[1:]])
+        quoted = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+        command = quoted([*(["python", sys.argv[0]] if script else [Path(sys.argv[0]).name]), *sys.argv[1:]])
         errors.print(f"interrupted. To go on, run: {command}", markup=False, soft_wrap=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 

@@ -81,7 +81,7 @@ def command(
 
     A video that you name (mp4, mov, mkv, avi, webm; or a quoted pattern that ends so) gives OUT/NAME.edges.mp4, with
     --overlay OUT/NAME.overlay.mp4, and OUT/NAME.frames.jsonl: the instances of each frame, numbered alike from frame
-    to frame; pip install 'trace-sdk[video]'. So does a camera, camera:0 or just 0 (NAME is camera-0), until it is
+    to frame; pip install "trace-sdk[video]". So does a camera, camera:0 or just 0 (NAME is camera-0), until it is
     interrupted.
 
     A file that cannot be read is reported and the others are still done. Two photos that would share one

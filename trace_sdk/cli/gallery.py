@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -85,7 +85,7 @@ def command(
                 for caption, picture in pictures:
                     name = Path("pictures", f"{job.name}.{caption.replace(' ', '-')}.jpg")
                     save_jpeg(picture.convert("RGB"), out / name, quality=88)
-                    files.append((caption, quote(os.fsencode(name))))
+                    files.append((caption, _link(name)))
             except InputError as error:
                 failed += 1
                 say_error(error)
@@ -100,6 +100,10 @@ def command(
     output.print(f"{done} → {out / 'index.html'}{trouble}", markup=False, soft_wrap=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _link(name: PurePath) -> str:
+    return quote(os.fsencode(name.as_posix()))
 
 
 def _shown(name: Path) -> str:

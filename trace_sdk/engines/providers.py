@@ -25,10 +25,10 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 TENSORRT_BATCH = 8  # the largest batch in the profile of a TensorRT engine
 
-_CUDA_INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_CUDA_INSTALL = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
 _TENSORRT_INSTALL = (
     f"It needs onnxruntime-gpu (pip uninstall -y onnxruntime && {_CUDA_INSTALL}) and "
-    "TensorRT 10 (pip install 'tensorrt-cu13==10.*' cuda-bindings); or use runtime='onnxruntime'."
+    'TensorRT 10 (pip install "tensorrt-cu13==10.*" cuda-bindings); or use runtime="onnxruntime".'
 )
 
 

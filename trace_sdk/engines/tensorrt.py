@@ -23,7 +23,7 @@ from trace_sdk.errors import DeviceError, EngineError, MissingExtraError
 
 # Runtime → modules that may hold it, and the line that installs it.
 PACKAGES = {
-    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'trace-sdk[tensorrt-rtx]'"),
+    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), 'pip install "trace-sdk[tensorrt-rtx]"'),
     "tensorrt": (("tensorrt",), "pip install tensorrt cuda-bindings"),
 }
 

@@ -53,7 +53,7 @@ class TorchEngine:
         """
         if find_spec("torch") is None or find_spec("diffusers") is None:
             raise MissingExtraError(
-                f"{folder} is a student, which runs in torch. Run: pip install 'trace-sdk[train]', or make an engine "
+                f'{folder} is a student, which runs in torch. Run: pip install "trace-sdk[train]", or make an engine '
                 f"that needs none: trace-sdk export {folder} -o engine.onnx"
             )
         import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -68,14 +69,14 @@ class Claims:
         self._held.discard(key)
         file = self._file(key)
         try:
-            if file.read_text() == self._mark:
+            if file.read_text("utf-8") == self._mark:
                 file.unlink()
         except OSError:
             pass  # it is gone; or it cannot be removed, and is taken over as what a killed process leaves is
 
     def _create(self, file: Path) -> bool:
         try:
-            with file.open("x") as claim:
+            with file.open("x", encoding="utf-8") as claim:
                 claim.write(self._mark)
         except FileExistsError:
             return False
@@ -86,7 +87,7 @@ class Claims:
 
     def _abandoned(self, file: Path) -> bool:
         try:
-            holder, touched = file.read_text(), file.stat().st_mtime
+            holder, touched = file.read_text("utf-8"), file.stat().st_mtime
         except FileNotFoundError:
             return True
         try:
@@ -104,7 +105,8 @@ class Claims:
             about = json.loads(holder)
         except ValueError:
             return False  # just being written
-        if about["host"] != socket.gethostname():
+        # On Windows 0 is no question but Ctrl-C, so there a claim lasts until it is stale.
+        if about["host"] != socket.gethostname() or sys.platform == "win32":
             return False
         try:
             os.kill(about["pid"], 0)

@@ -192,8 +192,9 @@ def _tar(file: Path, name: str) -> Iterator[NamedImage]:
 
 
 def _name(path: str, root: Path) -> str:
-    """A name that stays inside any folder it is put in: what leads out of `root` is named from / on."""
+    """A name that stays inside any folder it is put in: what leads out of `root` is named from / on, or its drive's."""
     relative = posixpath.normpath(Path(path).as_posix())
-    if relative.startswith(("/", "../")):
-        relative = posixpath.normpath((root.absolute() / path).as_posix())
-    return relative.lstrip("/")
+    if Path(relative).anchor or relative.startswith("../"):
+        whole = Path(posixpath.normpath((root.absolute() / path).as_posix()))
+        relative = whole.relative_to(whole.anchor).as_posix()
+    return relative

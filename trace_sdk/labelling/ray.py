@@ -42,7 +42,7 @@ def image_rows(where: Where | Iterable[Where]) -> list[dict[str, Any]]:
         MissingExtraError: ray is not installed.
     """
     if find_spec("ray") is None:
-        raise MissingExtraError("Ray is not installed. Run: pip install 'trace-sdk[ray]'.")
+        raise MissingExtraError('Ray is not installed. Run: pip install "trace-sdk[ray]".')
     return [
         {"name": image.name, "file": str(image.file.absolute()), "start": start, "length": length}
         for image in find_images(where)

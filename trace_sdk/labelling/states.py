@@ -40,7 +40,7 @@ def state(labels: Path, name: str) -> str:
 def failure(labels: Path, name: str) -> str:
     """Why an image failed, "" if it did not."""
     file = _failure_file(labels, name)
-    return file.read_text().strip() if state(labels, name) == FAILED else ""
+    return file.read_text("utf-8").strip() if state(labels, name) == FAILED else ""
 
 
 def record_failure(labels: Path, name: str, reason: str) -> None:

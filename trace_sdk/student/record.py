@@ -23,7 +23,7 @@ def is_student(folder: Path) -> bool:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What `recorded` wrote. Raises OSError or ValueError if it cannot be read."""
-    return dict(json.loads((folder / RECORD).read_text()))
+    return dict(json.loads((folder / RECORD).read_bytes()))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def claim_folder(out: Path, settings: TeacherSettings, backbone_sha256: str) -> 
     now = json.loads(json.dumps({"backbone_sha256": backbone_sha256, "settings": asdict(settings)}))
     index = out / INDEX
     try:
-        if index.is_file() and json.loads(index.read_text()) == now:
+        if index.is_file() and json.loads(index.read_bytes()) == now:
             return
     except ValueError as error:
         raise DatasetError(f"{index} is not whole ({error}). Remove it if the folder holds no labels.") from error

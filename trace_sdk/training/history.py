@@ -23,7 +23,7 @@ class History:
         """Read the rows up to `step`; later ones are of steps that will be done again."""
         file = self._folder / CURVES
         if file.is_file():
-            rows = csv.DictReader(io.StringIO(file.read_text()))
+            rows = csv.DictReader(io.StringIO(file.read_text("utf-8")))
             self._rows = {int(row["step"]): row for row in rows if int(row["step"]) <= step}
 
     def add(self, step: int, values: dict[str, float]) -> None:

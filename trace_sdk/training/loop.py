@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 import time
@@ -58,11 +59,16 @@ def train_until(
         workers: processes that prepare batches; 0 prepares the next one in a thread, enough for a CPU's pace.
 
     Raises:
-        ArgumentError: `workers` is negative.
+        ArgumentError: `workers` is negative, or this system cannot fork them.
         OutputError: `out` cannot be written to, or another process is writing there.
     """
     if workers < 0:
         raise ArgumentError(f"workers must be at least 0, got {workers}.")
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ArgumentError(
+            f"workers={workers} are forked processes, which this system has not. Leave --workers out: a thread then "
+            "prepares the batches."
+        )
     make_folder(out)
     with alone(out) if process_index() == 0 else nullcontext():
         _train(steps, trainer, out, save_seconds, report, workers)

@@ -36,7 +36,8 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
                 raise CheckpointError(f"{file} is a pickle, which can run any code when loaded; it was not opened.")
         with safe_open(file, framework="pt") as stored:
             header = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            # Copies: else the file stays mapped, and Windows does not let the next state take its place.
+            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
         return tensors, int(header["step"]), json.loads(header["settings"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
