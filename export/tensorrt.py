@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from trace_sdk.atomic import write_bytes
+from trace_sdk.atomic import remove_unfinished, write_bytes
 from trace_sdk.engines.cuda import gpu_name
 from trace_sdk.engines.manifest import ANY_SIZE, Manifest, check_one_file, verify_seal
 from trace_sdk.engines.plan import ANY_GPU, Built, pack, unpack
@@ -98,9 +97,7 @@ def build_once(engine: bytes, source: str, runtime: str, *, device: int = 0) -> 
         except (OSError, EngineError) as error:
             why = f"built again ({error})"
     data = build(engine, source, runtime, device=device)
-    for unfinished in file.parent.glob(f".{file.name}.*.tmp"):  # of builds that were killed
-        if time.time() - unfinished.stat().st_mtime > ABANDONED:
-            unfinished.unlink(missing_ok=True)
+    remove_unfinished([file], ABANDONED)
     write_bytes(file, data)
     return data, why
 

@@ -19,6 +19,7 @@ from trace_sdk.benchmarking import measure, worker
 from trace_sdk.benchmarking.measure import benchmark, steps
 from trace_sdk.benchmarking.report import Report, Row
 from trace_sdk.cli import main
+from trace_sdk.engines.plan import MAGIC
 from trace_sdk.errors import ArgumentError, EngineError, ImageError, MissingExtraError
 from trace_sdk.teacher.teacher import TeacherSettings
 
@@ -206,7 +207,10 @@ def test_every_way_to_run_an_engine_that_is_installed(
 
 
 def test_a_plan_and_a_student_have_one_way_each(tmp_path: Path) -> None:
-    assert measure.ways("a.engine") == [("cuda", "auto")] and measure.ways(tmp_path) == [("auto", "torch")]
+    """A plan that was not called .engine was tried on the CPU."""
+    plan = tmp_path / "a.plan"
+    plan.write_bytes(MAGIC + b"...")
+    assert measure.ways(plan) == [("cuda", "auto")] and measure.ways(tmp_path) == [("auto", "torch")]
 
 
 def test_the_teacher_is_a_baseline(

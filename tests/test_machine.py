@@ -85,14 +85,13 @@ def test_without_a_home_the_cache_has_to_be_named(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", nowhere)
-    monkeypatch.delenv("TRACE_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("TRACE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(OutputError, match="Set TRACE_CACHE"):
         cache_folder()
     said = CliRunner().invoke(main, ["doctor", "--json"])
     assert said.exit_code == 0 and "Set TRACE_CACHE" in said.stdout
+    monkeypatch.setenv("XDG_CACHE_HOME", "/all")
+    assert cache_folder() == Path("/all/trace-sdk")
     monkeypatch.setenv("TRACE_CACHE", "/kept")
     assert cache_folder() == Path("/kept")
-    monkeypatch.delenv("TRACE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/of/all")
-    assert cache_folder() == Path("/of/all/trace-sdk")

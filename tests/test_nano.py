@@ -138,7 +138,7 @@ def test_a_save_that_is_cut_leaves_no_student_of_two(
     def full(file: Path, _: str) -> None:
         raise OutputError(f"Cannot write {file}.")
 
-    monkeypatch.setattr("trace_sdk.student.nano.write_text", full)
+    monkeypatch.setattr("trace_sdk.student.record.write_text", full)
     with pytest.raises(OutputError):
         student.save(tmp_path, {})
     with pytest.raises(CheckpointError, match="holds no student"):

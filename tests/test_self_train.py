@@ -23,7 +23,7 @@ from trace_sdk.edge_map import EdgeMap
 from trace_sdk.errors import ArgumentError, DatasetError
 from trace_sdk.instances.cutouts import cut_out
 from trace_sdk.pretraining.shapes import cut_shape, signed_distance
-from trace_sdk.pretraining.training_images import OF_PHOTO, load_cutouts
+from trace_sdk.pretraining.training_images import OF_PHOTO, check_photos, load_cutouts
 from trace_sdk.student import own_scenes
 from trace_sdk.student.calibrate import threshold_on_scenes
 from trace_sdk.student.folder import open_student
@@ -172,6 +172,8 @@ def test_a_cut_out_comes_home_to_the_photo_that_it_carries(cutouts: Path, tmp_pa
     copied.write_bytes(one.read_bytes())
     disc = Image.open(cutouts / "disc.png")
 
+    sha256 = check_photos(photos)
+
     def of(photo: Path) -> Image.Image:
         cutout = disc.copy()
         cutout.info[OF_PHOTO] = hashlib.sha256(photo.read_bytes()).hexdigest()
@@ -179,11 +181,11 @@ def test_a_cut_out_comes_home_to_the_photo_that_it_carries(cutouts: Path, tmp_pa
 
     first, second, named = of(one), of(two), disc.copy()
     clash, plain = tmp_path / "street-1.png", tmp_path / "other-7.png"
-    found = homes(photos, [(clash, first), (tmp_path / "street-2-1.png", second), (plain, named)])
+    found = homes(sha256, [(clash, first), (tmp_path / "street-2-1.png", second), (plain, named)])
     assert [found.get(photo) for photo in photos] == [[first], [second], [first], [named]]
     with pytest.raises(DatasetError, match=r"street-1\.png may be of any of \S+one/street\.png, .*, which differ"):
-        homes(photos, [(clash, named)])
-    assert set(homes([one, copied], [(clash, named)])) == {one, copied}
+        homes(sha256, [(clash, named)])
+    assert set(homes(check_photos([one, copied]), [(clash, named)])) == {one, copied}
 
 
 def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

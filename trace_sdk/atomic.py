@@ -6,13 +6,17 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from trace_sdk.alone import alone
 from trace_sdk.errors import OutputError
+
+_UNFINISHED = ".tmp"
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{_shortened(target.name)}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f"{_hidden(target)}.", suffix=_UNFINISHED)
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
@@ -79,6 +83,25 @@ def remove(path: str | Path) -> None:
         raise cannot_write(Path(path), error) from error
 
 
+def remove_unfinished(targets: Iterable[Path], untouched: float = 0) -> None:
+    """Remove the temporary files that killed writers of these files left beside them.
+
+    Args:
+        untouched: seconds since the last write to one, where another process may still be writing.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    hidden: dict[Path, set[str]] = defaultdict(set)
+    for target in targets:
+        hidden[target.parent].add(_hidden(target))
+    for folder, names in hidden.items():
+        for file in folder.glob(f".*{_UNFINISHED}"):
+            with suppress(FileNotFoundError):  # another process removed it
+                if file.name.rsplit(".", 2)[0] in names and time.time() - file.stat().st_mtime >= untouched:
+                    remove(file)
+
+
 @contextmanager
 def unfinished_folder(path: str | Path) -> Iterator[Path]:
     """A new hidden folder beside `path`, for what becomes `path` when it is done; removed when the block ends.
@@ -108,10 +131,10 @@ def cannot_write(target: Path, error: OSError) -> OutputError:
     return OutputError(f"Cannot write {target}: {reason}. Choose a folder that exists, is writable and has room (-o).")
 
 
-def _shortened(name: str) -> str:
-    """A file's name, cut where what is added to it would make it longer than file systems allow: 255 bytes."""
-    in_bytes = os.fsencode(name)
-    return name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors="ignore")
+def _hidden(target: Path) -> str:
+    """How the name of a file's temporary one begins; cut, lest all of it be longer than the 255 bytes allowed."""
+    in_bytes = os.fsencode(target.name)
+    return f".{target.name if len(in_bytes) <= 240 else in_bytes[:240].decode(errors='ignore')}"
 
 
 def _umask() -> int:

@@ -62,6 +62,8 @@ class EdgeMap:
 
     def __post_init__(self) -> None:
         given, rgb = np.asarray(self.probability), np.asarray(self.rgb)
+        if given.dtype == np.float16:  # is compared twenty times as slowly
+            given = given.astype(np.float32)
         if given.dtype.kind != "f" or given.ndim != 2 or not given.size or not 0 <= given.min() <= given.max() <= 1:
             raise ArgumentError(
                 f"probability is {given.dtype} {list(given.shape)}; expected float [H, W] with values in [0, 1]."

@@ -24,16 +24,19 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def cache_folder() -> Path:
-    """Where what was computed once is kept: $TRACE_CACHE, $XDG_CACHE_HOME/trace-sdk or ~/.cache/trace-sdk.
+    """Where what took long to make is kept: $TRACE_CACHE, or trace-sdk in $XDG_CACHE_HOME, which is ~/.cache if unset.
 
-    Raises OutputError if none is known.
+    Raises:
+        OutputError: none of these is known.
     """
-    if own := os.environ.get("TRACE_CACHE"):
-        return Path(own)
+    if named := os.environ.get("TRACE_CACHE"):
+        return Path(named)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace-sdk"
     except RuntimeError:  # a container's user without HOME or an entry in passwd
-        raise OutputError("This user has no home folder to keep files in. Set TRACE_CACHE to a folder.") from None
+        raise OutputError(
+            "This user has no home folder to keep built engines and prompts in. Set TRACE_CACHE to a folder."
+        ) from None
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trace_sdk.backbones.noising import Noising
 from trace_sdk.backbones.tap import SelfAttention
+from trace_sdk.errors import ArgumentError
 
 OnAttention = Callable[[SelfAttention], None]
 
@@ -134,3 +135,13 @@ class StudentBackbone(Backbone, Protocol):
     def save(self, folder: str | Path) -> None:
         """Write what `open_backbone` reads; LoRA must be merged."""
         ...
+
+
+def check_size(backbone: Backbone, images: Tensor) -> None:
+    """Raise ArgumentError unless a backbone takes images [B, 3, H, W] of that size."""
+    step, least, (height, width) = backbone.multiple_of, backbone.min_size, images.shape[-2:]
+    if height % step or width % step or min(height, width) < least:
+        raise ArgumentError(
+            f"{backbone.family} takes sides that are multiples of {step} from {least}; got {height}×{width}. "
+            "Pad or resize the image first."
+        )

@@ -54,18 +54,24 @@ def sha256_of_folder(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_weights(file: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Write safetensors, whole or not at all; floats as fp16, except a tensor that fp16 cannot hold."""
+def write_tensors(file: str | Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write safetensors, whole or not at all, with `about` in the header. Raises OutputError if that cannot be done."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with whole_file(file) as unfinished:
+        try:
+            save_file(stored, unfinished, about)
+        except SafetensorError as error:
+            raise OutputError(f"Cannot write {file}: {error}. Choose a folder that has room (-o).") from error
+
+
+def write_weights(file: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """As `write_tensors`; floats as fp16, except a tensor that fp16 cannot hold."""
     stored = {}
     for name, value in weights.items():
         value = value.detach().cpu()
         half = value.half() if value.is_floating_point() else value
-        stored[name] = (half if half.isfinite().all() else value).contiguous()
-    with whole_file(file) as unfinished:
-        try:
-            save_file(stored, unfinished, {"format": "pt"})
-        except SafetensorError as error:
-            raise OutputError(f"Cannot write {file}: {error}. Choose a folder that has room (-o).") from error
+        stored[name] = half if half.isfinite().all() else value
+    write_tensors(file, stored, {"format": "pt"})

@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from trace_sdk.atomic import write_bytes, write_text
-from trace_sdk.backbones.backbone import OnAttention
-from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_weights
+from trace_sdk.atomic import write_text
+from trace_sdk.backbones.backbone import OnAttention, check_size
+from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable, write_tensors, write_weights
 from trace_sdk.backbones.device import Placed, torch_dtype
 from trace_sdk.backbones.noising import noising_of
 from trace_sdk.backbones.prompts import PRECOMPUTED, Prompt, null_prompt
@@ -164,7 +163,7 @@ class LatentBackbone(Placed):
             write_weights(folder / name / f"{WEIGHTS}.safetensors", model.state_dict())
             write_text(folder / name / "config.json", model.to_json_string())
         write_text(folder / "scheduler/scheduler_config.json", json.dumps(self._scheduler, indent=2) + "\n")
-        write_bytes(folder / PRECOMPUTED, save({name: value.cpu() for name, value in self.prompt.items()}))
+        write_tensors(folder / PRECOMPUTED, self.prompt)
         parts = {self.part: self.architecture, "vae": type(self.vae).__name__}
         index = {"_class_name": "DiffusionPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
@@ -236,7 +235,8 @@ class LatentBackbone(Placed):
     def encode(self, images: Tensor) -> Tensor:
         """Images → X_0: the VAE's mean, scaled as the denoiser was trained; in fp32 as loaded, which it may need."""
         if not torch.compiler.is_exporting():
-            self._check_size(images.shape[-2], images.shape[-1])
+            check_size(self, images)
+            self._check_positions(*images.shape[-2:])
             self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
         with torch.autocast(images.device.type, enabled=False):
             return self.scale(self.posterior_mean(images.to(next(self.vae.parameters()).dtype)).float())
@@ -304,13 +304,7 @@ class LatentBackbone(Placed):
         with tap:
             return self.denoise(x_t.to(self.dtype), times, given).float()
 
-    def _check_size(self, height: int, width: int) -> None:
-        step, least = self.multiple_of, self.min_size
-        if height % step or width % step or min(height, width) < least:
-            raise ArgumentError(
-                f"{self.family} takes sides that are multiples of {step} from {least}; got {height}×{width}. "
-                "Pad or resize the image first."
-            )
+    def _check_positions(self, height: int, width: int) -> None:
         most = self.most_tokens
         if most is not None and max(height, width) > most * self.token_side:
             raise ArgumentError(

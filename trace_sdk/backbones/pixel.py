@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from trace_sdk.atomic import write_text
+from trace_sdk.backbones.backbone import OnAttention, check_size
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, write_weights
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.latent import read_part
 from trace_sdk.backbones.noising import FlowMatching
-from trace_sdk.backbones.tap import AttentionCalls, SelfAttention, SelfAttentionTap
-from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.backbones.tap import AttentionCalls, SelfAttentionTap
+from trace_sdk.errors import CheckpointError
 
 PATCH = 8
 CHANNELS = 3 * PATCH * PATCH
@@ -143,7 +144,7 @@ class PixelBackbone(Placed):
         self,
         x_t: Tensor,
         t: Tensor | float,
-        on_attention: Callable[[SelfAttention], None] | None = None,
+        on_attention: OnAttention | None = None,
         *,
         share_softmax: bool = False,
     ) -> Tensor:
@@ -158,7 +159,7 @@ class PixelBackbone(Placed):
         """
         batch, _, height, width = x_t.shape
         if not torch.compiler.is_exporting():
-            check_size(height, width)
+            check_size(self, x_t)
         grid = (height // PATCH, width // PATCH)
         tokens = F.pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2)  # [B, N, 192]
         inputs: dict[str, Any] = {
@@ -197,12 +198,3 @@ def position_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
     columns = torch.arange(grid[1], device=like.device, dtype=like.dtype)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-
-
-def check_size(height: int, width: int) -> None:
-    """Raise ArgumentError unless both sides are multiples of 8 from 64."""
-    if height % PATCH or width % PATCH or min(height, width) < PixelBackbone.min_size:
-        raise ArgumentError(
-            f"The pixel backbone takes sides that are multiples of {PATCH} from {PixelBackbone.min_size}; "
-            f"got {height}×{width}. Pad or resize the image first."
-        )

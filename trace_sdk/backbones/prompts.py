@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from trace_sdk.atomic import write_bytes
-from trace_sdk.backbones.checkpoint import refuse_pickle
+from trace_sdk.backbones.checkpoint import refuse_pickle, write_tensors
 from trace_sdk.backbones.quiet import quiet
 from trace_sdk.errors import CheckpointError, OutOfMemoryError, OutputError
 from trace_sdk.machine import cache_folder
@@ -39,6 +38,7 @@ def null_prompt(
     Raises:
         CheckpointError: a file is corrupt or pickled, or the text encoders cannot be run.
         OutOfMemoryError: the text encoders don't fit.
+        OutputError: there is no cache; see `cache_folder`.
     """
     precomputed = folder / PRECOMPUTED
     if precomputed.is_file():
@@ -52,7 +52,7 @@ def null_prompt(
         return _read(cached)
     prompt = encode(family, folder, index, "", device, dtype)
     try:
-        write_bytes(cached, save(prompt))
+        write_tensors(cached, prompt)
     except OutputError as error:
         log.warning("The null prompt is not kept for the next time: %s", error)
     return prompt

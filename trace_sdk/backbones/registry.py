@@ -18,6 +18,7 @@ from trace_sdk.backbones.pixel import PixelBackbone
 from trace_sdk.backbones.vision_transformer import MODEL_TYPES, VisionTransformer
 from trace_sdk.backbones.words import WordedPrompt, read_words
 from trace_sdk.errors import ArgumentError, CheckpointError
+from trace_sdk.student.record import is_student
 
 
 def families() -> dict[str, type[LatentBackbone]]:
@@ -108,7 +109,7 @@ def folder_of(source: str | Path) -> Path:
 
 def no_folder(source: Path) -> str:
     """Why this is no model's folder, and what to do."""
-    if (source / "student.json").is_file():
+    if is_student(source):
         return f"{source} is a student, not a backbone. Give the backbone that it was distilled from."
     files = [source] if source.is_file() else sorted(source.glob("*"))
     checkpoint = next((file for file in files if file.suffix in (".safetensors", ".ckpt")), None)

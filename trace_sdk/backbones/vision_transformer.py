@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_sdk.backbones.backbone import OnAttention
+from trace_sdk.backbones.backbone import OnAttention, check_size
 from trace_sdk.backbones.checkpoint import refuse_pickle, sha256_of_folder, unreadable
 from trace_sdk.backbones.device import Placed
 from trace_sdk.backbones.noising import FlowMatching
@@ -55,12 +55,7 @@ class VisionTransformer(Placed):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images in [−1, 1] as the model was trained: of ImageNet's mean and deviation."""
-        step, (height, width) = self.multiple_of, images.shape[-2:]
-        if height % step or width % step or min(height, width) < self.min_size:
-            raise ArgumentError(
-                f"{self.family} takes sides that are multiples of {step} from {self.min_size}; got {height}×{width}. "
-                "Pad or resize the image first."
-            )
+        check_size(self, images)
         mean, deviation = (images.new_tensor(x).view(1, 3, 1, 1) for x in (MEAN, DEVIATION))
         return (images / 2 + 0.5 - mean) / deviation
 

@@ -23,6 +23,7 @@ import PIL.Image
 
 from trace_sdk.benchmarking.report import SECONDS, Report, Row
 from trace_sdk.detector import EdgeDetector
+from trace_sdk.engines.plan import is_plan
 from trace_sdk.engines.providers import CUDA, TENSORRT
 from trace_sdk.engines.tensorrt import PACKAGES
 from trace_sdk.errors import ArgumentError, EngineError
@@ -120,7 +121,7 @@ def ways(engine: str | os.PathLike[str]) -> list[tuple[str, str]]:
 
     Packages say what they could; what then does not start is reported as not measured.
     """
-    if Path(engine).suffix == ".engine":
+    if is_plan(Path(engine)):
         return [("cuda", "auto")]
     if Path(engine).is_dir():
         return [("auto", "torch")]

@@ -18,6 +18,7 @@ from trace_sdk.engines.manifest import Manifest
 from trace_sdk.engines.plan import MAGIC
 from trace_sdk.engines.tensorrt import PACKAGES
 from trace_sdk.errors import ArgumentError, DeviceError, EngineError
+from trace_sdk.student.record import is_student
 
 ON_CPU, ON_GPU = "trace-nano", "trace-small"  # what is opened where no engine is named
 BUNDLED = (ON_CPU, ON_GPU)
@@ -103,7 +104,7 @@ def open_engine(
     if engine is None:
         return _open_default(device, threads, runtime, shapes)
     folder = Path(engine)
-    if _is_student(folder):
+    if is_student(folder):
         if runtime not in ("auto", "torch", "torch.compile"):
             raise ArgumentError(
                 f"{folder} is a student, which {runtime} cannot run. Export it, or use runtime='torch'."
@@ -172,7 +173,7 @@ def read_engine(engine: str | os.PathLike[str]) -> tuple[bytes, str]:
     if name in BUNDLED:
         return _read_bundled(name), name
     path = Path(name)
-    if _is_student(path):
+    if is_student(path):
         raise EngineError(f"{path} is a student, not an engine yet. Run: trace-sdk export {path} -o {path.name}.onnx")
     try:
         if path.is_dir():
@@ -189,13 +190,6 @@ def read_engine(engine: str | os.PathLike[str]) -> tuple[bytes, str]:
         raise EngineError(f"{path}: {error.strerror}. Check its name and permissions.") from error
     _refuse_foreign(model[:16], path)
     return model, str(path)
-
-
-def _is_student(folder: Path) -> bool:
-    try:
-        return (folder / "student.json").is_file()
-    except OSError:  # a folder that may not be looked into, a name that is too long: reading it says so
-        return False
 
 
 def _read_bundled(name: str) -> bytes:

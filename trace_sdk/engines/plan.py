@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from trace_sdk.engines.manifest import Manifest, seal, verify_seal
@@ -33,6 +34,15 @@ class Built:
     precision: str
     profile: dict[str, list[int]]
     onnx_sha256: str
+
+
+def is_plan(file: Path) -> bool:
+    """Whether a file is one of these, whatever its name; not one that cannot be read: opening it says why."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def pack(manifest: Manifest, built: Built, plan: bytes) -> bytes:

@@ -31,6 +31,7 @@ from trace_sdk.labelling.states import (
     PENDING,
     forget_failures,
     label_file,
+    plot_file,
     record_failure,
     remove_leftovers,
     state,
@@ -234,8 +235,7 @@ class LabelJob:
     def _plot(self, group: list[Ready], annotations: list[Annotation]) -> None:
         for image, annotation in zip(group, annotations, strict=True):
             if image.rgb is not None and image.name in self._pending:
-                file = label_file(self._labels, image.name).with_suffix(".png")
-                plot(self._teacher, image.rgb, annotation, file, self._words)
+                plot(self._teacher, image.rgb, annotation, plot_file(self._labels, image.name), self._words)
 
     def _write(self, group: list[Ready], annotations: list[Annotation]) -> None:
         for image, annotation in zip(group, annotations, strict=True):

@@ -1,6 +1,7 @@
 """What has become of each image, told by files beside each other: so any process of any machine can ask.
 
 LABELS/a/b.jpg.npz      done: the label
+LABELS/a/b.jpg.png      its picture, if asked for
 LABELS/a/b.jpg.failed   failed: the reason, one line
 neither                 pending
 LABELS/manifest.jsonl   all of them in one file, written last
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-from trace_sdk.atomic import remove, write_text
+from trace_sdk.atomic import remove, remove_unfinished, write_text
 
 DONE, FAILED, PENDING = "done", "failed", "pending"
 MANIFEST = "manifest.jsonl"
@@ -21,6 +23,11 @@ MANIFEST = "manifest.jsonl"
 def label_file(labels: Path, name: str) -> Path:
     """Where the label of an image lies: a/b.jpg → LABELS/a/b.jpg.npz."""
     return labels / f"{name}.npz"
+
+
+def plot_file(labels: Path, name: str) -> Path:
+    """Where the picture of a label lies: a/b.jpg → LABELS/a/b.jpg.png."""
+    return labels / f"{name}.png"
 
 
 def state(labels: Path, name: str) -> str:
@@ -60,12 +67,9 @@ def write_manifest(labels: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def remove_leftovers(labels: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files of writers that were killed: `.a.jpg.npz.k3j9x2aa.tmp` and the like."""
-    known = {*names, Path(MANIFEST).stem}
-    for file in labels.rglob(".*.tmp"):
-        target = file.with_name(file.name[1:].rsplit(".", 2)[0])
-        if target.with_suffix("").relative_to(labels).as_posix() in known:
-            remove(file)
+    """Remove what killed writers left. Raises OutputError if the folder cannot be written to."""
+    files = ((label_file(labels, name), plot_file(labels, name), _failure_file(labels, name)) for name in names)
+    remove_unfinished([labels / MANIFEST, *chain.from_iterable(files)])
 
 
 def _failure_file(labels: Path, name: str) -> Path:

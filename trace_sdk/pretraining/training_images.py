@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from math import inf
 from pathlib import Path
 
@@ -82,36 +84,40 @@ def open_photo(file: Path) -> Image.Image:
         raise DatasetError(f"{error} Remove it or replace it.") from error
 
 
-def check_photos(files: Sequence[Path]) -> None:
+def check_photos(files: Sequence[Path]) -> dict[Path, str]:
     """Decode every photo once: a damaged one is then said before a training, not when it is drawn, hours later.
+
+    Returns:
+        The sha256 of each file.
 
     Raises:
         DatasetError: some cannot be read; names them all.
     """
     with ThreadPoolExecutor() as pool:
-        damage = dict(zip(files, pool.map(_damage, files), strict=True))
-    damaged = [file for file, reason in damage.items() if reason]
-    if damaged:
-        others = f" Nor can {', '.join(map(str, damaged[1:]))}." if len(damaged) > 1 else ""
+        checked = dict(zip(files, pool.map(_check, files), strict=True))
+    if damage := {file: answer for file, answer in checked.items() if isinstance(answer, ImageError)}:
+        first, *others = damage
+        also = f" Nor can {', '.join(map(str, others))}." if others else ""
         raise DatasetError(
-            f"Of {len(damage)} photos {len(damaged)} cannot be read. {damage[damaged[0]]}{others} "
-            "Remove them or replace them."
+            f"Of {len(checked)} photos {len(damage)} cannot be read. {damage[first]}{also} Remove them or replace them."
         )
+    return {file: str(answer) for file, answer in checked.items()}
 
 
-def _damage(file: Path) -> str:
-    """Why a photo cannot be read, "" if it can."""
-    # What is wrong, or a format that Pillow does not know, the full reading below says better.
-    with suppress(Exception), Image.open(file, formats=FORMATS) as picture:
-        if picture.width * picture.height <= MAX_PIXELS:
-            picture.draft(None, (1, 1))  # of a JPEG an eighth of each side: the same damage is found, in less time
-        read_image(picture)
-        return ""
+def _check(file: Path) -> str | ImageError:
+    """The sha256 of a photo, or why it cannot be read."""
+    with suppress(Exception):  # what is wrong, the full reading below says better
+        data = file.read_bytes()
+        with Image.open(BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height <= MAX_PIXELS:
+                picture.draft(None, (1, 1))  # of a JPEG an eighth of each side: the same damage is found, in less time
+            read_image(picture)
+        return hashlib.sha256(data).hexdigest()
     try:
         read_image(file)
     except ImageError as error:
-        return str(error)
-    return ""
+        return error
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class TrainingImages:

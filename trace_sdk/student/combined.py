@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trace_sdk.atomic import remove, write_text
 from trace_sdk.backbones.backbone import StudentBackbone
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.network_input import padded_length
 from trace_sdk.student.model import Student
 from trace_sdk.student.nano import NanoStudent
+from trace_sdk.student.record import read_record, recorded
 
 SMALLER = 2  # the backbone, whose cost grows with the square of the pixels, sees the image at half its size
 ALIKE = (1, 1, 1)  # weights of the image pyramid: at this larger size its half shows as much as its whole
@@ -78,18 +77,16 @@ class CombinedStudent(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `attending/`, `looking/` and `student.json`."""
-        remove(folder / "student.json")  # written last: without it parts of two students are none
-        self.attending.save(folder / "attending", {})
-        self.looking.save(folder / "looking", {})
-        record = {"architecture": "combined", "share": self.share, **about}
-        write_text(folder / "student.json", json.dumps(record, indent=2) + "\n")
+        with recorded(folder, {"architecture": "combined", "share": self.share, **about}):
+            self.attending.save(folder / "attending", {})
+            self.looking.save(folder / "looking", {})
 
     @classmethod
     def load(cls, folder: str | Path) -> CombinedStudent:
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
         try:
-            share = float(json.loads((folder / "student.json").read_text())["share"])
+            share = float(read_record(folder)["share"])
             return cls(Student.load(folder / "attending"), NanoStudent.load(folder / "looking"), share).eval()
         except (OSError, ValueError, KeyError, TypeError, CheckpointError, ArgumentError) as error:
             raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
-from trace_sdk.atomic import remove, write_bytes, write_text
 from trace_sdk.backbones.backbone import Backbone, OnAttention, StudentBackbone
+from trace_sdk.backbones.checkpoint import write_tensors
 from trace_sdk.backbones.registry import open_backbone
 from trace_sdk.backbones.tap import SelfAttention
 from trace_sdk.errors import ArgumentError, CheckpointError
 from trace_sdk.kernels import per_head_divergence_reference
 from trace_sdk.student.decoder import EdgeDecoder
+from trace_sdk.student.record import read_record, recorded
 from trace_sdk.teacher.boundary import log_features
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")  # the last in FLUX.2's single blocks, all in one
@@ -222,12 +222,9 @@ class Student(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `backbone/`, `decoder.safetensors` and `student.json`; LoRA must be merged."""
-        remove(folder / "student.json")  # written last: without it parts of two students are none
-        self.backbone.save(folder / "backbone")
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.decoder.state_dict().items()}
-        write_bytes(folder / "decoder.safetensors", save(weights))
-        record = {"threshold": self.threshold, "blocks": self.blocks, **about}
-        write_text(folder / "student.json", json.dumps(record, indent=2) + "\n")
+        with recorded(folder, {"threshold": self.threshold, "blocks": self.blocks, **about}):
+            self.backbone.save(folder / "backbone")
+            write_tensors(folder / "decoder.safetensors", self.decoder.state_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> Student:
@@ -239,7 +236,7 @@ class Student(nn.Module):
             )
         backbone = open_backbone(folder / "backbone")
         try:
-            about = json.loads((folder / "student.json").read_text())
+            about = read_record(folder)
             weights = load((folder / "decoder.safetensors").read_bytes())
             decoder = EdgeDecoder(len(weights["standardise.weight"]))
             decoder.load_state_dict(weights)

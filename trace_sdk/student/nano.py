@@ -7,7 +7,6 @@ student's decoder it answers with the colour gradient's log-odds plus what it ha
 from __future__ import annotations
 
 import hashlib
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from trace_sdk.atomic import remove, write_bytes, write_text
+from trace_sdk.backbones.checkpoint import write_tensors
 from trace_sdk.errors import CheckpointError
 from trace_sdk.student.colour_gradient import ColourGradient
+from trace_sdk.student.record import read_record, recorded
 
 WIDTHS = (16, 32, 64, 96, 128)  # channels at 1/2, 1/4 … 1/32 of the image's size
 DEPTHS = (0, 1, 2, 4, 4)  # residual blocks at each
@@ -112,18 +112,15 @@ class NanoStudent(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write `nano.safetensors` and `student.json`."""
-        remove(folder / "student.json")  # written last: new weights with an old threshold are no student
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_bytes(folder / "nano.safetensors", save(weights))
-        record = {"architecture": "nano", "threshold": self.threshold, **about}
-        write_text(folder / "student.json", json.dumps(record, indent=2) + "\n")
+        with recorded(folder, {"architecture": "nano", "threshold": self.threshold, **about}):
+            write_tensors(folder / "nano.safetensors", self.state_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> NanoStudent:
         """Read what `save` wrote. Raises CheckpointError if a part is missing or corrupt."""
         folder = Path(folder)
         try:
-            student = cls(float(json.loads((folder / "student.json").read_text())["threshold"]))
+            student = cls(float(read_record(folder)["threshold"]))
             student.load_state_dict(load((folder / "nano.safetensors").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(

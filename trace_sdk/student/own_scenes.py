@@ -6,7 +6,6 @@ of photos; where they were pasted is known to the pixel, whatever was cut out.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -82,8 +81,7 @@ class OwnScenes:
         loaded = [load_cutouts(folder) for folder in cutouts]
         self._cutouts = [list(images.values()) for images in loaded]
         every_photo = list(dict.fromkeys(chain.from_iterable(self._photos)))
-        check_photos(every_photo)
-        self._of_photo = homes(every_photo, chain.from_iterable(images.items() for images in loaded))
+        self._of_photo = homes(check_photos(every_photo), chain.from_iterable(images.items() for images in loaded))
         self._seed = seed
 
     def batch(self, step: int, count: int, size: int) -> Scenes:
@@ -145,24 +143,26 @@ class OwnScenes:
         return folder[rng.integers(len(folder))]
 
 
-def homes(photos: Iterable[Path], cutouts: Iterable[tuple[Path, Image.Image]]) -> dict[Path, list[Image.Image]]:
+def homes(photos: dict[Path, str], cutouts: Iterable[tuple[Path, Image.Image]]) -> dict[Path, list[Image.Image]]:
     """The cut-outs of each photo that has some, in their order.
 
     One that `trace-sdk cutouts` wrote carries the sha256 of its photo's file. Of another its name tells: PHOTO-1.png is
     of PHOTO.jpg. Copies of a photo are as good as itself.
 
+    Args:
+        photos: each with the sha256 of its file.
+
     Raises:
         DatasetError: photos that differ have the name that a cut-out tells.
     """
-    sha256 = {photo: hashlib.sha256(photo.read_bytes()).hexdigest() for photo in photos}
     alike, called = defaultdict(list), defaultdict(list)
-    for photo, digest in sha256.items():
+    for photo, digest in photos.items():
         alike[digest].append(photo)
         called[photo.stem].append(photo)
     found: dict[Path, list[Image.Image]] = defaultdict(list)
     for file, image in cutouts:
         own = alike[image.info[OF_PHOTO]] if OF_PHOTO in image.info else called[file.stem.rpartition("-")[0]]
-        if len({sha256[photo] for photo in own}) > 1:
+        if len({photos[photo] for photo in own}) > 1:
             raise DatasetError(
                 f"{file} may be of any of {', '.join(map(str, own))}, which differ. Make the cut-outs again in a new "
                 "folder (`trace-sdk cutouts`), so that they carry which photo they are of, or rename the photos."

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from trace_sdk.alone import alone
-from trace_sdk.atomic import make_folder, remove
+from trace_sdk.atomic import make_folder, remove_unfinished
 from trace_sdk.errors import ArgumentError, TraceError
 from trace_sdk.training.history import History
 from trace_sdk.training.processes import process_index
@@ -71,8 +71,7 @@ def train_until(
 def _train(steps: int, trainer: Trainer[Batch], out: Path, save_seconds: float, report: Report, workers: int) -> None:
     file, history = out / STATE, History(out)
     if process_index() == 0:
-        for left in out.glob(f".{STATE}.*.tmp"):  # by a process that was killed while it wrote
-            remove(left)
+        remove_unfinished([file])
     if file.is_file():
         trainer.restore(file)
         history.restore(trainer.step)

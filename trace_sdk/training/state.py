@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trace_sdk.atomic import write_bytes
-from trace_sdk.backbones.checkpoint import is_pickle
+from trace_sdk.backbones.checkpoint import is_pickle, write_tensors
 from trace_sdk.errors import ArgumentError, CheckpointError
 
 STATE = "state.safetensors"
@@ -21,8 +19,7 @@ STATE = "state.safetensors"
 
 def save_state(file: Path, tensors: dict[str, Tensor], step: int, settings: dict[str, Any]) -> None:
     """Write whole or not at all; a run that is killed goes on from the last file."""
-    header = {"step": str(step), "settings": json.dumps(settings)}
-    write_bytes(file, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header))
+    write_tensors(file, tensors, {"step": str(step), "settings": json.dumps(settings)})
 
 
 def load_state(file: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
