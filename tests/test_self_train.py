@@ -110,7 +110,7 @@ def test_shapes_are_whole_and_differ() -> None:
 
 def test_a_scene_tells_exactly_where_something_was_pasted(plain: Path, cutouts: Path) -> None:
     scenes = OwnScenes([plain], [cutouts], seed=3)
-    images, ridges, inside = scenes.batch(5, 8, 96)
+    images, _, ridges, inside = scenes.batch(5, 8, 96)
     assert images.shape == (8, 3, 96, 96) and ridges.shape == (8, 96, 96)
     assert images.abs().max() <= 1 and ridges.min() >= 0 and ridges.max() == 1
     slope = (images.diff(dim=2)[..., 1:].abs() + images.diff(dim=3)[:, :, 1:].abs()).sum(1)
@@ -133,7 +133,7 @@ def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path
     green.mkdir()
     for number in range(30):
         green_disc(cutouts).save(green / f"{number}.png")
-    images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
+    _, images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
     ground = torch.stack([image.mean(0)[~own].median() for image, own in zip(images, inside, strict=True)])
     assert 20 <= int((ground > 0).sum()) <= 40
     things = images.permute(0, 2, 3, 1)[inside]
@@ -153,7 +153,7 @@ def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, mo
         green = tmp_path / name
         green.mkdir()
         green_disc(cutouts).save(green / f"{name}.png")
-        images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
+        _, images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
         return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)[inside]
 
     own = things("a-photo-3")
@@ -193,7 +193,7 @@ def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: p
 
     def untouched(share: float) -> float:
         monkeypatch.setattr(own_scenes, "JPEG", share)
-        images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
+        _, images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
         grounds = [image[:, ground] for image, ground in zip(images, (ridges == 0) & ~inside, strict=True)]
         return float(torch.cat([(x == x.median(1, keepdim=True).values).all(0) for x in grounds]).float().mean())
 
@@ -214,7 +214,7 @@ def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
     scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
     student = NanoStudent(0.4).eval()
-    images, ridges, inside = scenes.batch(0, SHORT.crops, SHORT.size)
+    _, images, ridges, inside = scenes.batch(0, SHORT.crops, SHORT.size)
     with torch.no_grad():
         before = student(images)[0].sigmoid()
     self_train(student, scenes, tmp_path, replace(SHORT, steps=1))
@@ -256,7 +256,7 @@ def test_outlines_are_learnt(plain: Path, cutouts: Path, tmp_path: Path) -> None
         NanoStudent(0.4), scenes, tmp_path, settings, report=lambda _, terms: losses.append(terms["loss"])
     )
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
-    images, ridges, _ = scenes.batch(1 << 20, 16, 64)
+    _, images, ridges, _ = scenes.batch(1 << 20, 16, 64)
     with torch.inference_mode():
         drawn = after.logits(images).sigmoid() >= after.threshold
     outline = ridges > 0.5
@@ -270,7 +270,7 @@ def test_it_stays_as_sure_of_photos_as_it_was(plain: Path, cutouts: Path, tmp_pa
     before.raise_logits(1.0)
     settings = SelfTrainSettings(steps=40, crops=4, size=64, learning_rate=1e-2)
     after = self_train(copy.deepcopy(before), scenes, tmp_path, settings)
-    images, ridges, inside = scenes.batch(1 << 20, 24, 64)
+    _, images, ridges, inside = scenes.batch(1 << 20, 24, 64)
     photo = ~inside & (ridges == 0)
     with torch.inference_mode():
         was, now = (student.logits(images).sigmoid()[photo].mean() for student in (before, after))
