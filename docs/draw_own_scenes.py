@@ -41,7 +41,7 @@ def draw_scenes(scenes: OwnScenes, rows: int) -> Image.Image:
     """Scenes, and under each what is asked for, black on white."""
     strips = []
     for row in range(rows):
-        images, ridges, _ = scenes.batch(row, SCENES, SIDE)
+        images, _, ridges, _ = scenes.batch(row, SCENES, SIDE)
         pictures = (images.permute(0, 2, 3, 1) * 127.5 + 127.5).numpy()
         asked = (255 * (1 - ridges[..., None].expand(-1, -1, -1, 3))).numpy()
         strips += [np.concatenate(list(part), axis=1) for part in (pictures, asked)]

@@ -41,7 +41,7 @@ def test_shapes_are_whole_and_differ() -> None:
 
 def test_a_scene_tells_exactly_where_something_was_pasted(plain: Path, cutouts: Path) -> None:
     scenes = OwnScenes([plain], [cutouts], seed=3)
-    images, ridges, inside = scenes.batch(5, 8, 96)
+    images, _, ridges, inside = scenes.batch(5, 8, 96)
     assert images.shape == (8, 3, 96, 96) and ridges.shape == (8, 96, 96)
     assert images.abs().max() <= 1 and ridges.min() >= 0 and ridges.max() == 1
     slope = (images.diff(dim=2)[..., 1:].abs() + images.diff(dim=3)[:, :, 1:].abs()).sum(1)
@@ -64,7 +64,7 @@ def test_every_folder_counts_the_same(plain: Path, cutouts: Path, tmp_path: Path
     green.mkdir()
     for number in range(30):
         green_disc(cutouts).save(green / f"{number}.png")
-    images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
+    _, images, _, inside = OwnScenes([few, many], [cutouts, green], seed=1).batch(0, 60, 64)
     ground = torch.stack([image.mean(0)[~own].median() for image, own in zip(images, inside, strict=True)])
     assert 20 <= int((ground > 0).sum()) <= 40
     things = images.permute(0, 2, 3, 1)[inside]
@@ -84,7 +84,7 @@ def test_cut_outs_come_home_in_their_own_light(cutouts: Path, tmp_path: Path, mo
         green = tmp_path / name
         green.mkdir()
         green_disc(cutouts).save(green / f"{name}.png")
-        images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
+        _, images, _, inside = OwnScenes([photos], [cutouts, green], seed=1).batch(0, 20, 64)
         return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)[inside]
 
     own = things("a-photo-3")
@@ -124,7 +124,7 @@ def test_some_scenes_were_a_jpeg_file(plain: Path, cutouts: Path, monkeypatch: p
 
     def untouched(share: float) -> float:
         monkeypatch.setattr(own_scenes, "JPEG", share)
-        images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
+        _, images, ridges, inside = OwnScenes([plain], [cutouts], seed=1).batch(0, 8, 96)
         grounds = [image[:, ground] for image, ground in zip(images, (ridges == 0) & ~inside, strict=True)]
         return float(torch.cat([(x == x.median(1, keepdim=True).values).all(0) for x in grounds]).float().mean())
 

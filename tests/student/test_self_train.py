@@ -46,7 +46,7 @@ def test_inside_of_what_was_pasted_its_own_edges_are_believed_less(
     scenes = OwnScenes([plain], [cutouts], seed=0)
     torch.manual_seed(0)
     student = NanoStudent(0.4).eval()
-    images, ridges, inside = scenes.batch(0, SHORT.crops, SHORT.size)
+    _, images, ridges, inside = scenes.batch(0, SHORT.crops, SHORT.size)
     with torch.no_grad():
         before = student(images)[0].sigmoid()
     self_train(student, scenes, tmp_path, replace(SHORT, steps=1))
@@ -88,7 +88,7 @@ def test_outlines_are_learnt(plain: Path, cutouts: Path, tmp_path: Path) -> None
         NanoStudent(0.4), scenes, tmp_path, settings, report=lambda _, terms: losses.append(terms["loss"])
     )
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
-    images, ridges, _ = scenes.batch(1 << 20, 16, 64)
+    _, images, ridges, _ = scenes.batch(1 << 20, 16, 64)
     with torch.inference_mode():
         drawn = after.logits(images).sigmoid() >= after.threshold
     outline = ridges > 0.5
@@ -102,7 +102,7 @@ def test_it_stays_as_sure_of_photos_as_it_was(plain: Path, cutouts: Path, tmp_pa
     before.raise_logits(1.0)
     settings = SelfTrainSettings(steps=40, crops=4, size=64, learning_rate=1e-2)
     after = self_train(copy.deepcopy(before), scenes, tmp_path, settings)
-    images, ridges, inside = scenes.batch(1 << 20, 24, 64)
+    _, images, ridges, inside = scenes.batch(1 << 20, 24, 64)
     photo = ~inside & (ridges == 0)
     with torch.inference_mode():
         was, now = (student.logits(images).sigmoid()[photo].mean() for student in (before, after))

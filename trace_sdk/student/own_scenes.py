@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ from trace_sdk.pretraining.photos import check_photos, list_photos, open_photo
 from trace_sdk.pretraining.scenes import MOST, RGB, compose
 from trace_sdk.pretraining.shapes import SIDE, cut_shape
 from trace_sdk.pretraining.training_images import random_crop
+from trace_sdk.student.painted import paint
 
 SHAPES = 0.3  # share of scenes of random shapes
 ENLARGED = 1.1  # times as large as they are photos and cut-outs are shown at most, so that all is as sharp
@@ -44,10 +46,12 @@ MARGIN = 32  # pixels by which a scene is larger than what is seen of it
 class Scenes(NamedTuple):
     """A batch: images float [B, 3, S, S] in [−1, 1]; over the outlines of what was pasted ridges [B, S, S] in [0, 1].
 
-    inside: bool [B, S, S], where something was pasted.
+    plain: the images without what was painted over them, whose edges are the same. inside: bool [B, S, S], where
+    something was pasted.
     """
 
     images: Tensor
+    plain: Tensor
     ridges: Tensor
     inside: Tensor
 
@@ -78,13 +82,13 @@ class OwnScenes:
     def batch(self, step: int, count: int, size: int) -> Scenes:
         """`count` scenes of `size` px a side."""
         rng = np.random.default_rng([self._seed, step])
-        images, ridges, inside = zip(*(self._scene(rng, size) for _ in range(count)), strict=True)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Scenes(pixels, torch.from_numpy(np.stack(ridges)), torch.from_numpy(np.stack(inside)))
+        scenes = (self._scene(rng, np.random.default_rng([self._seed, step, i]), size) for i in range(count))
+        images, plain, ridges, inside = (torch.from_numpy(np.stack(values)) for values in zip(*scenes, strict=True))
+        return Scenes(_pixels(images), _pixels(plain), ridges, inside)
 
     def _scene(
-        self, rng: np.random.Generator, size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        self, rng: np.random.Generator, brush: np.random.Generator, size: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         whole = size + MARGIN
         photo = self._photo(rng)
         background = random_crop(rng, open_photo(photo), whole, ENLARGED)
@@ -100,13 +104,17 @@ class OwnScenes:
         ridge = np.clip(gaussian_filter(instance_boundaries(scene.ids).astype(np.float32), RIM) / PEAK, 0, 1)
         top, left = rng.integers(0, MARGIN + 1, 2)
         seen = np.s_[top : top + size, left : left + size]
-        rgb = scene.rgb[seen].astype(np.float32)
-        if rng.random() < BLURRED:
-            sigma = rng.uniform(*BLUR)
-            rgb = gaussian_filter(rgb, (sigma, sigma, 0))
-        if rng.random() < JPEG:
-            rgb = _as_jpeg(rgb, int(rng.integers(*QUALITY)))
-        return rgb, ridge[seen], scene.ids[seen] > 0
+        blur = rng.uniform(*BLUR) if rng.random() < BLURRED else 0.0
+        quality = int(rng.integers(*QUALITY)) if rng.random() < JPEG else None
+
+        def taken(rgb: RGB) -> NDArray[np.float32]:
+            photo = gaussian_filter(rgb[seen].astype(np.float32), (blur, blur, 0))
+            return _as_jpeg(photo, quality) if quality is not None else photo
+
+        plain = taken(scene.rgb)
+        painted = paint(brush, scene.rgb, scene.ids, partial(self._crop, brush, whole), lambda: self._drawn(brush)[0])
+        image = plain if painted is scene.rgb else taken(painted)
+        return image, plain, ridge[seen], scene.ids[seen] > 0
 
     def _drawn(self, rng: np.random.Generator) -> list[Image.Image]:
         """As many cut-outs as a scene shows, each of a folder drawn first."""
@@ -157,6 +165,11 @@ def homes(photos: dict[Path, str], cutouts: Iterable[tuple[Path, Image.Image]]) 
         for photo in own:
             found[photo].append(image)
     return found
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """[B, S, S, 3] of 0 to 255 → [B, 3, S, S] in [−1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _as_jpeg(rgb: NDArray[np.float32], quality: int) -> NDArray[np.float32]:

@@ -141,12 +141,11 @@ class _Trainer:
         return scenes._replace(images=change_light(scenes.images, step_generator(self.settings.seed, step)))
 
     def train(self, batch: Scenes) -> dict[str, float]:
-        images, ridges, inside = (x.to(self.device) for x in batch)
-        answers = self._answers(images)
+        images, plain, ridges, inside = (x.to(self.device) for x in batch)
         with torch.no_grad():
-            before = answers(self.before)
+            before = self._answers(plain)(self.before)
         self.rebuilt = torch.zeros((), device=self.device)
-        logits = answers(self.training.model.train())
+        logits = self._answers(images)(self.training.model.train())
         share = torch.where(inside, BELIEVED_INSIDE, BELIEVED)
         believed = share * before.sigmoid() * (1 - ridges)
         loss = F.binary_cross_entropy_with_logits(logits, torch.maximum(ridges, believed))
@@ -203,8 +202,8 @@ class _Trainer:
         """
         parts: list[tuple[Tensor, ...]] = []
         for step in range(batches):
-            images, ridges, inside = (x.to(self.device) for x in self.batch(CALIBRATION + step))
-            answers = self._answers(images, pyramid=True)
+            _, plain, ridges, inside = (x.to(self.device) for x in self.batch(CALIBRATION + step))
+            answers = self._answers(plain, pyramid=True)
             parts.append((answers(self.before), answers(self.training.average), ridges, inside))
         before, logits, ridges, inside = (torch.cat(values) for values in zip(*parts, strict=True))
         photo = ~inside & (ridges == 0)
