@@ -43,7 +43,7 @@ def paint(
         painted = _with_shadow(rng, painted, silhouette())
     if rng.random() < REFLECTION:
         light = crop().astype(np.float32) * np.float32(rng.uniform(0.15, 0.45))
-        painted = painted + light * (1 - np.minimum(painted, 255) / np.float32(255))
+        painted = (painted + light * (1 - np.minimum(painted, 255) / 255)).astype(np.float32)
     return rgb if painted is scene else np.clip(painted, 0, 255).astype(np.uint8)
 
 
