@@ -254,7 +254,8 @@ class LatentBackbone(Placed):
     def scale(self, latents: Tensor) -> Tensor:
         """The VAE's answer → X_0."""
         config = self.vae.config
-        shift, spread = config.get("shift_factor") or 0.0, 1.0
+        shift: Tensor | float = config.get("shift_factor") or 0.0
+        spread: Tensor | float = 1.0
         if config.get("latents_mean"):  # by channel
             shift, spread = (
                 latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
