@@ -122,7 +122,7 @@ class EdgeFolder:
             if (file := edge_file(folder, name)) is not None:
                 return file
         raise DatasetError(
-            f"{self.folder / name}.png is missing: {self.name} needs an edge map (.png or .npy) for each "
+            f"{self.folder / name}.png is missing: {self.name} needs an edge map (.png, .npy or .tif) for each "
             f"image of {dataset.name}, in the folder or in its sub-folder {dataset.name}/."
         )
 
