@@ -28,7 +28,7 @@ _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option(
     "-o",
-    "out",
+    "--out",
     required=True,
     type=click.Path(path_type=Path),
     help="Folder for the results, made if missing; or -, the standard output.",

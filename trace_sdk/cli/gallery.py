@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option("-o", "out", required=True, type=click.Path(path_type=Path), help="Folder for the page; made if missing.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the page; made if missing."
+)
 @click.option("--title", default="Instance edges", show_default=True, help="Heading of the page.")
 @click.option(
     "--masks",
