@@ -23,6 +23,7 @@ from trace_sdk.labelling.images import find_images
 from trace_sdk.labelling.label import LabelJob
 from trace_sdk.labelling.ray import RayLabeller
 from trace_sdk.labelling.states import label_file
+from trace_sdk.student import calibrate
 from trace_sdk.student.distill import DistillSettings, distill
 from trace_sdk.student.labelled_images import LabelledImages
 from trace_sdk.student.model import Student
@@ -44,10 +45,7 @@ def images(tiny_backbone: PixelBackbone, photos: Path, tmp_path_factory: pytest.
 @pytest.fixture
 def few_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     """The threshold from one batch of crops rather than twelve."""
-    from trace_sdk.student import distill as module
-
-    calibrate = module.calibrate_threshold
-    monkeypatch.setattr(module, "calibrate_threshold", lambda *given: calibrate(*given, crops=4))
+    monkeypatch.setattr(calibrate, "BATCHES", 1)
 
 
 def photo(student: Student, batch: int = 2) -> torch.Tensor:
