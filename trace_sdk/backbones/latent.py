@@ -248,7 +248,6 @@ class LatentBackbone(Placed):
         """Images → X_0: the VAE's mean, scaled as the denoiser was trained; in fp32 as loaded, which it may need."""
         if not torch.compiler.is_exporting():
             check_size(self, images)
-            self._check_positions(*images.shape[-2:])
             self.vae.use_tiling = max(images.shape[-2:]) > TILED_FROM
         with torch.autocast(images.device.type, enabled=False):
             return self.scale(self.posterior_mean(images.to(next(self.vae.parameters()).dtype)).float())
