@@ -1,4 +1,4 @@
-"""What scenes are made of."""
+"""What scenes are made of, and what a student is asked for on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +33,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for grey in (60, 128, 200):
         Image.new("RGB", (160, 140), (grey, grey, grey)).save(folder / f"{grey}.png")
     return folder
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What self-training asks for, [B, S, S] a step."""
+    asked: list[Tensor] = []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        asked.append(target)
+        return F.mse_loss(logits, target)
+
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", loss)
+    return asked
